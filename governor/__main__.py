@@ -1,0 +1,5 @@
+"""`python -m governor`."""
+
+from governor.cli import main
+
+main()

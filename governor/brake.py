@@ -1,0 +1,248 @@
+"""The knobs of a memcg that governor may turn, a record of each turn that survives a crash, and their undoing.
+
+Every governed memcg has a slot in a file on tmpfs, shared by both processes. A turn is written down before it is
+made, so whoever survives (or `governor off`, or the next start) can undo exactly what governor did and nothing
+else: a memcg that somebody else froze is not thawed, a `memory.high` that somebody else set is not touched.
+Imported by the real-time process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import struct
+from collections.abc import Iterator
+
+from governor.cgroup import UNLIMITED, Memcg, parse_limit
+from governor.record import PAGE_BYTES
+
+SLOT_BYTES = 4096
+SQUEEZE_S = 0.05
+_MAGIC = b"GOVKNOB1"
+# magic, cgroup id, in use, frozen by us, memory.high set by us, memory.high as we set it, length of the path
+_SLOT = struct.Struct("=8sQBBBxxxxxqH")
+_OFF_USED, _OFF_FROZEN, _OFF_HIGH_SET, _OFF_HIGH = 16, 17, 18, 24
+_PATH_LIMIT = SLOT_BYTES - _SLOT.size
+
+
+class KnobFile:
+    """The slots of one instance, memory-mapped. Both processes may open it; the one that adopts writes a slot."""
+
+    def __init__(self, path: str, slots: int = 1) -> None:
+        """Open or make the file with room for at least so many slots; raises OSError."""
+        self.path = path
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            size_bytes = max(os.fstat(fd).st_size // SLOT_BYTES, slots) * SLOT_BYTES
+            os.ftruncate(fd, size_bytes)
+            self.memory = mmap.mmap(fd, size_bytes)
+        finally:
+            os.close(fd)
+
+    def adopt(self, slot: int, path: str, cgroup_id: int) -> None:
+        """Write down whose knobs the slot holds; nothing is turned yet. Raises ValueError for a path too long."""
+        encoded = path.encode()
+        if len(encoded) > _PATH_LIMIT:
+            raise ValueError(f"found a cgroup path of {len(encoded)} bytes, expected at most {_PATH_LIMIT}")
+        start = slot * SLOT_BYTES
+        self.memory[start + _SLOT.size : start + _SLOT.size + len(encoded)] = encoded
+        _SLOT.pack_into(self.memory, start, _MAGIC, cgroup_id, 1, 0, 0, UNLIMITED, len(encoded))
+
+    def slot_path(self, slot: int) -> str | None:
+        """The memcg of a slot, None where the slot is free."""
+        start = slot * SLOT_BYTES
+        magic, _, used, _, _, _, length = _SLOT.unpack_from(self.memory, start)
+        if magic != _MAGIC or not used:
+            return None
+        return self.memory[start + _SLOT.size : start + _SLOT.size + length].decode()
+
+    def slots(self) -> Iterator[int]:
+        """The slots in use."""
+        return (slot for slot in range(len(self.memory) // SLOT_BYTES) if self.slot_path(slot) is not None)
+
+    def knobs(self, slot: int) -> Knobs | None:
+        """The knobs of a slot; None where it is free or its memcg is gone (or another one of the same name)."""
+        path = self.slot_path(slot)
+        if path is None:
+            return None
+        try:
+            memcg = Memcg(path)
+        except OSError:
+            return None
+        _, cgroup_id, *_ = _SLOT.unpack_from(self.memory, slot * SLOT_BYTES)
+        if memcg.cgroup_id != cgroup_id:
+            memcg.close()
+            return None
+        return Knobs(memcg, self.memory, slot * SLOT_BYTES)
+
+    def restore_all(self) -> list[str]:
+        """Undo every turn in the file; a line for each memcg that had one."""
+        told = []
+        for slot in self.slots():
+            if knobs := self.knobs(slot):
+                if undone := knobs.restore():
+                    told.append(f"{knobs.memcg.path}: {', '.join(undone)}")
+                knobs.close()
+        return told
+
+
+class Knobs:
+    """`cgroup.freeze` and `memory.high` of one memcg."""
+
+    def __init__(self, memcg: Memcg, memory: mmap.mmap, start: int) -> None:
+        """Raises OSError where the memcg may not be frozen."""
+        self.memcg = memcg
+        self._memory = memory
+        self._start = start
+        self._freeze_fd = memcg.open("cgroup.freeze", os.O_RDWR)
+        try:
+            self._high_fd = memcg.open("memory.high", os.O_RDWR)
+        except OSError:
+            self._high_fd = -1
+
+    @property
+    def frozen_by_us(self) -> bool:
+        """Whether governor froze this memcg and has not thawed it."""
+        return bool(self._memory[self._start + _OFF_FROZEN])
+
+    @property
+    def high_set_by_us(self) -> bool:
+        """Whether memory.high is governor's."""
+        return bool(self._memory[self._start + _OFF_HIGH_SET])
+
+    def frozen_by_others(self) -> bool:
+        """Whether somebody else holds it frozen: then it cannot grow, and is theirs to thaw."""
+        try:
+            return not self.frozen_by_us and os.pread(self._freeze_fd, 8, 0).strip() == b"1"
+        except OSError:
+            return False
+
+    def freeze(self) -> bool:
+        """Freeze; False when somebody else has it frozen, or it cannot be frozen now."""
+        if self.frozen_by_us:
+            return True
+        if self.frozen_by_others():
+            return False
+        try:
+            self._memory[self._start + _OFF_FROZEN] = 1
+            os.pwrite(self._freeze_fd, b"1", 0)
+        except OSError:
+            self._memory[self._start + _OFF_FROZEN] = 0
+            return False
+        return True
+
+    def thaw(self) -> bool:
+        """Thaw if governor froze it; False when there was nothing to thaw."""
+        if not self.frozen_by_us:
+            return False
+        try:
+            os.pwrite(self._freeze_fd, b"0", 0)
+        except OSError:
+            return False
+        finally:
+            self._memory[self._start + _OFF_FROZEN] = 0
+        return True
+
+    def squeeze(self, high_bytes: int) -> bool:
+        """Set memory.high under the current usage, for not much longer than SQUEEZE_S; as set_high otherwise.
+
+        The kernel (memory_high_write) sets the value first and then reclaims until a signal comes.
+        """
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, SQUEEZE_S, SQUEEZE_S)
+        try:
+            return self.set_high(high_bytes)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def set_high(self, high_bytes: int) -> bool:
+        """Set memory.high unless somebody else has one; False when it was left alone.
+
+        A value under the current usage makes the kernel reclaim in this call: pass one above, or squeeze().
+        """
+        if self._high_fd < 0:
+            return False
+        aligned = high_bytes // PAGE_BYTES * PAGE_BYTES
+        try:
+            found = parse_limit(os.pread(self._high_fd, 32, 0))
+            if found != UNLIMITED and not (self.high_set_by_us and found == self._our_high()):
+                return False
+            self._memory[self._start + _OFF_HIGH_SET] = 1
+            struct.pack_into("=q", self._memory, self._start + _OFF_HIGH, aligned)
+            os.pwrite(self._high_fd, str(aligned).encode(), 0)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def lift_high(self) -> bool:
+        """Put memory.high back to "max" if it is still governor's; False when it was not."""
+        if not self.high_set_by_us:
+            return False
+        try:
+            ours = parse_limit(os.pread(self._high_fd, 32, 0)) == self._our_high()
+            if ours:
+                os.pwrite(self._high_fd, b"max", 0)
+        except (OSError, ValueError):
+            ours = False
+        self._memory[self._start + _OFF_HIGH_SET] = 0
+        return ours
+
+    def restore(self) -> list[str]:
+        """Undo every turn; what was undone, in words. memory.high first, so that what thaws is not throttled."""
+        undone = ["memory.high lifted"] if self.lift_high() else []
+        return [*undone, "thawed"] if self.thaw() else undone
+
+    def _our_high(self) -> int:
+        return int(struct.unpack_from("=q", self._memory, self._start + _OFF_HIGH)[0])
+
+    def release(self) -> None:
+        """Undo every turn and free the slot."""
+        self.restore()
+        self._memory[self._start + _OFF_USED] = 0
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; turns stay as they are."""
+        os.close(self._freeze_fd)
+        if self._high_fd >= 0:
+            os.close(self._high_fd)
+        self.memcg.close()
+
+
+class Loan:
+    """How long a memcg may stay frozen without a decision: LOAN_NS at once, BUDGET_NS within WINDOW_NS.
+
+    LEAST_NS is always lent: less would thaw before anything could be decided.
+    """
+
+    LEAST_NS = 200_000_000
+    LOAN_NS = 2_000_000_000
+    BUDGET_NS = 5_000_000_000
+    WINDOW_NS = 60_000_000_000
+
+    def __init__(self) -> None:
+        self._spent: list[tuple[int, int]] = []  # (from, to)
+        self._since_ns: int | None = None
+        self.deadline_ns: int | None = None
+
+    def begin(self, now_ns: int) -> None:
+        """The memcg was frozen; the deadline is set by what is left of the budget."""
+        if self._since_ns is not None:
+            return
+        self._spent = [span for span in self._spent if span[1] > now_ns - self.WINDOW_NS]
+        left_ns = self.BUDGET_NS - sum(end - max(start, now_ns - self.WINDOW_NS) for start, end in self._spent)
+        self._since_ns = now_ns
+        self.deadline_ns = now_ns + max(self.LEAST_NS, min(self.LOAN_NS, left_ns))
+
+    def prolong(self, deadline_ns: int) -> None:
+        """A decision was made that needs the memcg frozen until then at most."""
+        if self._since_ns is not None:
+            self.deadline_ns = deadline_ns
+
+    def end(self, now_ns: int) -> None:
+        """The memcg was thawed."""
+        if self._since_ns is not None:
+            self._spent.append((self._since_ns, now_ns))
+        self._since_ns = self.deadline_ns = None

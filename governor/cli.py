@@ -1,0 +1,339 @@
+"""The command line. Parses, checks, prints; everything else is done elsewhere.
+
+Exit status: 0 done (or already done by another instance), 1 it did not work, 2 the command was given wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import orjson
+import typer
+
+from governor import __version__, cgroup, instance, pins, probe
+from governor.journal import printable
+
+app = typer.Typer(
+    help="Keeps AI agents' sessions alive when their containers run out of memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
+app.add_typer(archive_app, name="archive")
+
+InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ArchiveOption = Annotated[
+    Path | None,
+    typer.Option("--archive-dir", help="Where archives are [default: under the state directory]."),
+]
+
+
+def _out(text: str) -> None:
+    typer.echo(text)
+
+
+def _fail(text: str, status: int = 1) -> NoReturn:
+    typer.echo(f"governor: {text}", err=True)
+    raise typer.Exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        _out(f"governor {__version__}, BPF programs {pins.program_version()}")
+        raise typer.Exit
+
+
+@app.command()
+def guard(
+    target: Annotated[str, typer.Option("--cgroup", help="The memcg to protect: a path below /sys/fs/cgroup.")],
+    pid: Annotated[int | None, typer.Option(help="The agent's process [default: the memcg's oldest].")] = None,
+    archive: Annotated[
+        list[str] | None,
+        typer.Option(help="Session files, as a glob (~ is the agent user's home, ** any depth); may be repeated."),
+    ] = None,
+    compact: Annotated[str, typer.Option(help="Command that makes the agent compact its session.")] = "",
+    archive_dir: ArchiveOption = None,
+    journal: Annotated[Path | None, typer.Option(help="Journal file [default: in the state directory].")] = None,
+    name: Annotated[str, typer.Option("--instance", help="[default: guard-<cgroup id>]")] = "",
+) -> None:
+    """Protect the processes of one memcg.
+
+    Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
+    """
+    path = _check_target(target, pid)
+    globs = _check_globs(archive or [])
+    cgroup_id = path.stat().st_ino
+    name = _checked(name or f"guard-{cgroup_id}")
+    compact_argv = _check_command(compact)
+    try:
+        _lock(f"memcg-{cgroup_id}")
+    except instance.Busy as busy:
+        typer.echo(f"governor: {path} is already guarded by process {busy.pid}; leaving it to that", err=True)
+        raise typer.Exit(0) from None
+    _lock_instance(name)
+    loaded_before = pins.current(name) is not None and not name.startswith("guard-")
+    if not pins.current(name):
+        typer.echo("governor: loading the BPF programs ...", err=True)
+        _load(name, "auto")
+    directory = pins.current(name)
+    state = instance.state_directory()
+    options = {
+        "cgroup": str(path),
+        "instance": name,
+        "pins_directory": str(directory),
+        "knob_path": str(instance.knob_file(f"memcg-{cgroup_id}")),
+        "archive_directory": str((archive_dir or state / "archive").absolute()),
+        "journal_path": str((journal or state / f"journal-{name}.ndjson").absolute()),
+        "agent_pid": pid,
+        "unload_at_end": not loaded_before,
+        "archive_globs": globs,
+        "compact_argv": compact_argv,
+    }
+    typer.echo(f"governor: guarding {path} (memory.max {_mebibytes(path)})", err=True)
+    argument = orjson.dumps(options).decode()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", argument])
+
+
+def _lock(name: str) -> None:
+    try:
+        instance.lock(name)
+    except PermissionError as error:
+        _fail(f"{error.strerror}: {error.filename}; governor needs root for this")
+
+
+def _lock_instance(name: str) -> None:
+    """A ring has one reader: an instance that runs is nobody else's to use, load or unload."""
+    try:
+        _lock(name)
+    except instance.Busy as busy:
+        _fail(f"instance {name!r} is in use by process {busy.pid}; choose another with --instance, or stop it first")
+
+
+def _check_command(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        _fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
+
+
+def _check_target(target: str, pid: int | None) -> Path:
+    path = Path(os.path.realpath(target))
+    root = Path(cgroup.ROOT)
+    if not (path / "memory.max").exists():
+        _fail(
+            f"found no memcg at {target}, expected a directory below {root} with a memory.max (cgroup v2, memory "
+            "controller on); governor doctor shows what this machine has",
+            2,
+        )
+    own = root / Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    if own.is_relative_to(path):
+        _fail(f"governor itself runs in {path}; start it outside the memcg that it protects", 2)
+    if (path / "memory.max").read_text().strip() == "max":
+        _fail(f"{path} has no memory.max, so nothing there can run out; set one, then guard it", 2)
+    if pid is not None:
+        inside = Path(f"/proc/{pid}/cgroup")
+        if not inside.exists():
+            _fail(f"found no process {pid}", 2)
+        where = root / inside.read_text().strip().rpartition("::")[2].lstrip("/")
+        if not where.is_relative_to(path):
+            _fail(f"process {pid} is in {where}, expected it in {path}", 2)
+    return path
+
+
+def _check_globs(globs: list[str]) -> list[str]:
+    from governor.session_files import parse_pattern
+
+    for glob in globs:
+        try:
+            parse_pattern(glob, "/")
+        except ValueError as error:
+            _fail(str(error), 2)
+    return globs
+
+
+def _mebibytes(path: Path) -> str:
+    return f"{int((path / 'memory.max').read_text()) / (1 << 20):g} MiB"
+
+
+def _checked(name: str) -> str:
+    try:
+        return pins.check_instance(name)
+    except ValueError as error:
+        _fail(str(error), 2)
+
+
+def _load(name: str, attach: str) -> dict[str, str]:
+    result = probe.run_loader(name, attach)
+    if error := result.get("error"):
+        _fail(f"cannot load the BPF programs: {error}\ngovernor doctor shows what is missing")
+    return result
+
+
+@app.command()
+def load(
+    name: InstanceOption = "default",
+    attach: Annotated[str, typer.Option(help="auto (fentry, else kprobe), fentry or kprobe.")] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Compile, attach and pin the BPF programs; they stay until `governor unload`."""
+    if attach not in ("auto", "fentry", "kprobe"):
+        _fail(f"found --attach {attach!r}, expected auto, fentry or kprobe", 2)
+    _lock_instance(_checked(name))
+    result = _load(name, attach)
+    if json:
+        _out(orjson.dumps({"instance": name, "modules": result}).decode())
+        return
+    for module, how in result.items():
+        _out(f"{module:8} {how}")
+
+
+@app.command()
+def unload(name: InstanceOption = "default") -> None:
+    """Detach and unpin the BPF programs of an instance."""
+    _lock_instance(_checked(name))
+    if not pins.unload(name):
+        known = ", ".join(pins.instances()) or "none"
+        _fail(f"found no instance {name!r}; loaded: {known}")
+    _out(f"{name} is unloaded")
+
+
+@app.command()
+def doctor(
+    json: JsonOption = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not try to attach the programs.")] = False,
+) -> None:
+    """Say what this machine can do, which source governor would use and why, and what is missing.
+
+    Exits 1 if nothing works.
+    """
+    facts = probe.probe()
+    verdict = probe.decide(facts)
+    if verdict.source == "bpf" and not quick:
+        facts = probe.Facts(**asdict(facts) | {"loaded": probe.try_load()})
+        verdict = probe.decide(facts)
+    if json:
+        _out(orjson.dumps({"facts": asdict(facts), "verdict": asdict(verdict)}).decode())
+    else:
+        for name, value in asdict(facts).items():
+            _out(f"{name:20} {_fact(name, value)}")
+        _out(f"\nsource: {verdict.source}: {verdict.reason}")
+        for missing in verdict.missing:
+            _out(f"  - {missing}")
+    raise typer.Exit(0 if verdict.source != "none" else 1)
+
+
+def _fact(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "capabilities":
+        return f"{value:#x}"
+    if isinstance(value, dict):
+        return ", ".join(f"{module} {how}" for module, how in value.items()) or "not tried"
+    return str(value) if value not in ("", None) else "none"
+
+
+@app.command()
+def watch(
+    target: Annotated[str, typer.Argument(help="A memcg: a path below /sys/fs/cgroup.")],
+    json: JsonOption = False,
+    seconds: Annotated[float | None, typer.Option("--for", help="Stop after so many seconds.")] = None,
+) -> None:
+    """Print a line a second and every crossing of a memcg; reads only.
+
+    Example: governor watch /sys/fs/cgroup/system.slice/agent.service
+    """
+    from governor.watch import run
+
+    path = Path(os.path.realpath(target))
+    if not (path / "memory.current").exists():
+        _fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT} with a memory.current", 2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        run(path, json, seconds)
+
+
+@app.command()
+def off() -> None:
+    """Stop every governor on this machine, thaw all, restore all knobs, detach all programs."""
+    from governor.switch_off import switch_off
+
+    if os.geteuid() != 0:
+        _fail("off needs root")
+    done = switch_off()
+    for line in done or ["nothing was on"]:
+        _out(line)
+
+
+@archive_app.command("list")
+def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> None:
+    """Archives, oldest first."""
+    from governor import archive
+
+    where = _archives(directory)
+    for name in archive.names(where):
+        try:
+            manifest = archive.read_manifest(where, name)
+        except archive.ArchiveError as error:
+            typer.echo(f"governor: {error}", err=True)
+            continue
+        if json:
+            _out(orjson.dumps(manifest).decode())
+        else:
+            size_bytes = sum(entry.size_bytes for entry in manifest.files)
+            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {manifest.reason}")
+
+
+@archive_app.command("verify")
+def archive_verify(name: str, directory: ArchiveOption = None) -> None:
+    """Read an archive and compare every file with the manifest."""
+    from governor import archive
+
+    try:
+        manifest = archive.verify(_archives(directory), name)
+    except archive.ArchiveError as error:
+        _fail(str(error))
+    _out(f"{name}: {len(manifest.files)} files are as the manifest says")
+
+
+@archive_app.command("restore")
+def archive_restore(
+    name: str,
+    to: Annotated[Path, typer.Option(help="Directory below which the files are written; / for where they were.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    directory: ArchiveOption = None,
+) -> None:
+    """Verify an archive, then write its files below a directory."""
+    from governor import archive
+
+    try:
+        written = archive.restore(_archives(directory), name, to, overwrite)
+    except archive.ArchiveError as error:
+        _fail(str(error))
+    for path in written:
+        _out(printable(str(path)))
+
+
+def _archives(directory: Path | None) -> Path:
+    return directory or instance.state_directory() / "archive"
+
+
+def main() -> None:
+    """Entry point of the `governor` command."""
+    for fd in range(3):  # closed ones would be given to the next file that is opened
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)
+    app()

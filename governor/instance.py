@@ -1,0 +1,72 @@
+"""Where governor keeps what it needs at run time, and the locks that make one instance the only one.
+
+Run-time files (locks, knob files): /run/governor, or $XDG_RUNTIME_DIR/governor without root. State (journal,
+archives): $XDG_STATE_HOME/governor, else ~/.local/state/governor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class Busy(Exception):
+    """Another process holds the lock; `pid` is that process, 0 if it is not known."""
+
+    def __init__(self, path: Path, pid: int) -> None:
+        super().__init__(f"{path} is held by process {pid}")
+        self.pid = pid
+
+
+def run_directory() -> Path:
+    """The directory of run-time files, made if absent; raises OSError."""
+    base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", f"/tmp/governor-{os.geteuid()}")  # noqa: S108
+    path = Path(base) / "governor"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user; remove it")
+    return path
+
+
+def state_directory() -> Path:
+    """The directory of journals and archives; not made here."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "governor"
+
+
+def lock(name: str) -> int:
+    """Take a lock and return its descriptor, which an exec keeps; raises Busy with the holder's pid."""
+    path = run_directory() / f"{name}.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    os.set_inheritable(fd, True)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).strip()
+        os.close(fd)
+        raise Busy(path, int(holder) if holder.isdigit() else 0) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def holders() -> list[int]:
+    """Pids of all processes that hold a lock now."""
+    found = set()
+    for path in run_directory().glob("*.lock"):
+        try:
+            os.close(lock(path.stem))
+        except Busy as busy:
+            found.add(busy.pid)
+    return sorted(found - {0})
+
+
+def knob_file(instance: str) -> Path:
+    """The knob file of an instance."""
+    return run_directory() / f"{instance}.knobs"
+
+
+def knob_files() -> list[Path]:
+    """The knob files of all instances."""
+    return sorted(run_directory().glob("*.knobs"))

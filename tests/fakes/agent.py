@@ -1,0 +1,148 @@
+"""An agent-like process: keeps a session file, saves it on SIGTERM, and bursts when told to.
+
+    agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--peak RATIO] [--begin FILE]
+
+BURST is one of the names in BURSTS, or "none". It says "ready" on standard output, waits for --begin to exist
+(or for nothing), and bursts as fast as it can, or at --rate-mb. A thread's burst leaves the main thread free to
+handle SIGTERM. Standard library only; the same program serves the tests, the demo and the benches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+CHUNK = 1 << 20
+MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15
+MAP_POPULATE = 0x8000
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def anonymous(size: int, flags: int = 0) -> int:
+    address = libc.mmap(None, size, 3, 0x22 | flags, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise MemoryError(os.strerror(ctypes.get_errno()))
+    return address
+
+
+def touch(total: int, rate: float = 0) -> None:
+    """Plain pages, by C, so that it is as fast as the machine."""
+    address = anonymous(total)
+    libc.madvise(address, total, MADV_NOHUGEPAGE)
+    started = time.monotonic()
+    for offset in range(0, total, CHUNK):
+        libc.memset(address + offset, 1, min(CHUNK, total - offset))
+        if rate:
+            time.sleep(max(0.0, started + offset / rate - time.monotonic()))
+
+
+def huge(total: int, rate: float = 0) -> None:
+    address = anonymous(total)
+    libc.madvise(address, total, MADV_HUGEPAGE)
+    libc.memset(address, 1, total)
+
+
+def read(total: int, rate: float = 0) -> None:
+    """Large reads into fresh memory."""
+    kept = []
+    with open("/dev/zero", "rb", buffering=0) as zeros:
+        for _ in range(total // CHUNK):
+            kept.append(zeros.read(CHUNK))
+
+
+def tmpfs(total: int, rate: float = 0) -> None:
+    block = b"x" * CHUNK
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        for _ in range(total // CHUNK):
+            file.write(block)
+            file.flush()
+
+
+def threads(total: int, rate: float = 0) -> None:
+    running = [threading.Thread(target=touch, args=(total // 4,)) for _ in range(4)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+def processes(total: int, rate: float = 0) -> None:
+    children = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            touch(total // 8)
+            time.sleep(600)
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def populate(total: int, rate: float = 0) -> None:
+    anonymous(total, MAP_POPULATE)
+
+
+BURSTS = {f.__name__: f for f in (touch, huge, read, tmpfs, threads, processes, populate)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("session")
+    parser.add_argument("burst", choices=[*BURSTS, "none"])
+    parser.add_argument("--save-s", type=float, default=0.0)
+    parser.add_argument("--rate-mb", type=float, default=0.0)
+    parser.add_argument("--total-mb", type=int, default=1024)
+    parser.add_argument("--begin", default="")
+    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--picture-mb", type=int, default=0, help="incompressible bytes in the session")
+    options = parser.parse_args()
+
+    with open(options.session, "w", encoding="latin-1") as session:
+        for _ in range(options.picture_mb):
+            session.write(os.urandom(CHUNK).decode("latin-1"))
+        for turn in range(options.turns):
+            session.write(json.dumps({"turn": turn, "text": f"what was said in turn {turn} " * 8}) + "\n")
+
+    def save(*_: object) -> None:
+        time.sleep(options.save_s)
+        with open(options.session + ".saved", "w") as saved:
+            saved.write("saved on SIGTERM\n")
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, save)
+    print("ready", flush=True)
+    while options.begin and not os.path.exists(options.begin):
+        time.sleep(0.02)
+    if options.burst != "none":
+        burst = BURSTS[options.burst]
+        # Not in the main thread: Python handles signals there, between two of its instructions.
+        thread = threading.Thread(target=burst, args=(options.total_mb << 20, options.rate_mb * 1e6), daemon=True)
+        thread.start()
+        thread.join()
+        print("burst over", flush=True)
+    while True:
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

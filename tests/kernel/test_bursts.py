@@ -1,0 +1,46 @@
+"""Seven ways to run out of memory at full speed, in two sizes: killed without governor, saved with it."""
+
+import pytest
+
+from governor import archive
+
+BURSTS = ("touch", "huge", "read", "tmpfs", "threads", "processes", "populate")
+CASES = [(burst, limit_mib) for limit_mib in (64, 256) for burst in BURSTS]
+
+
+@pytest.mark.parametrize(("burst", "limit_mib"), CASES)
+def test_ungoverned_it_is_killed(container, tmp_path, burst, limit_mib):
+    pod = container(limit_mib, oom_group=True)
+    agent = pod.agent(tmp_path / "session.jsonl", burst)
+    agent.go()
+    assert agent.wait(timeout=60) == -9
+    assert pod.events()["oom_kill"] > 0
+    assert not (tmp_path / "session.jsonl.saved").exists()
+
+
+@pytest.mark.parametrize("oom_group", [False, True], ids=["", "oom-group"])
+@pytest.mark.parametrize(("burst", "limit_mib"), CASES)
+def test_governed_the_session_is_archived_first(container, guard, tmp_path, burst, limit_mib, oom_group):
+    pod = container(limit_mib, oom_group=oom_group)
+    session = tmp_path / "session.jsonl"
+    agent = pod.agent(session, burst)
+    content = session.read_bytes()
+    governor = guard(pod).ready()
+    agent.go()
+    status = agent.wait(timeout=60)
+
+    archived = governor.await_line("archived")
+    first_death = min(line["monotonic_ns"] for line in governor.lines("killed", "terminating", "oom_kill"))
+    assert archived["monotonic_ns"] < first_death
+    (name, *_) = archive.names(governor.directory)
+    manifest = archive.verify(governor.directory, name)
+    assert [entry.path for entry in manifest.files] == [str(session)]
+    (written,) = archive.restore(governor.directory, name, tmp_path / "restored")
+    assert written.read_bytes() == content
+
+    if burst != "populate":
+        assert pod.events()["oom_kill"] == 0, governor.log()
+        assert status in (143, -9)
+    governor.await_line("agent_ended")
+    assert pod.read("memory.high") == "max"
+    assert pod.read("cgroup.freeze") == "0"
