@@ -73,12 +73,14 @@ class _Hashed(io.RawIOBase):
         self.short_bytes = 0
 
     def read(self, size: int = -1) -> bytes:
+        """As much as asked for: tarfile takes less for the end."""
         wanted = self._left if size < 0 else min(size, self._left)
-        data = os.read(self._fd, wanted) if wanted else b""
-        if wanted and not data:
-            data = bytes(wanted)
-            self.short_bytes += wanted
-        self._left -= len(data)
+        data = b""
+        while len(data) < wanted and (chunk := os.read(self._fd, wanted - len(data))):
+            data += chunk
+        self.short_bytes += wanted - len(data)
+        data = data.ljust(wanted, b"\0")
+        self._left -= wanted
         self.hash.update(data)
         return data
 

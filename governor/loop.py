@@ -333,7 +333,7 @@ class Loop:
         for process in processes.kill_bursting(self._guard.cgroup, self._agent_pid, max_bytes):
             held_mib = process.rss_bytes >> 20
             self._note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
-        sent = self._agent_pidfd >= 0 and processes.send_by_pidfd(self._agent_pidfd, signal.SIGTERM)
+        sent = self._agent_pidfd >= 0 and processes.ask_to_end(self._agent_pidfd, self._agent_pid)
         told = f"SIGTERM to the agent (process {self._agent_pid})" if sent else "the agent is not known"
         self._note("terminating", f"{told}: {reason}", sent=sent)
         self._feed(ladder.Signalled())

@@ -1,5 +1,8 @@
 """What else `governor guard` promises: handlers get their time, cache is not memory, commands are delivered."""
 
+import os
+import select
+import subprocess
 import sys
 import time
 
@@ -7,6 +10,7 @@ import pytest
 from conftest import MIB, Container, wait_for
 
 from governor import archive, cgroup, record
+from governor.actions import processes
 
 TIERS = ("archived", "terminating", "killed", "compact")
 
@@ -22,6 +26,42 @@ def test_a_handler_of_a_third_of_a_second_saves_while_a_thread_bursts_on(contain
     assert agent.wait(timeout=60) == 143, governor.log()
     assert (tmp_path / "session.jsonl.saved").exists()
     assert pod.events()["oom_kill"] == 0
+
+
+THREADED = """
+import os, signal, sys, threading, time
+def told(*_): os.write(1, b"told\\n")
+if sys.argv[1] == "blocked":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+else:
+    signal.signal(signal.SIGTERM, told)
+def wait():
+    while sys.argv[1] == "blocked": signal.sigwait({signal.SIGTERM}); told()
+    while True: time.sleep(0.001)
+threads = [threading.Thread(target=wait, daemon=True) for _ in range(4)]
+for thread in threads: thread.start()
+os.write(1, b"ready\\n")
+threads[0].join()
+"""
+
+
+@pytest.mark.parametrize("how", ["handled", "blocked"])
+def test_sigterm_to_a_frozen_process_reaches_the_thread_that_handles_it(container, how):
+    pod = container(64)
+    process = pod.start(sys.executable, "-u", "-c", THREADED, how, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    pidfd = os.pidfd_open(process.pid)
+    for _ in range(30):
+        pod.write("cgroup.freeze", 1)
+        wait_for(lambda: "frozen 1" in pod.read("cgroup.events"))
+        assert processes.ask_to_end(pidfd, process.pid)
+        pod.write("cgroup.freeze", 0)
+        assert select.select([process.stdout], [], [], 5)[0], "nobody was told"
+        assert process.stdout.readline() == "told\n"
+    process.kill()
+    process.wait()
+    assert not processes.ask_to_end(pidfd, process.pid)
+    os.close(pidfd)
 
 
 def test_a_burst_two_levels_below_the_governed_memcg_is_saved(container, guard, tmp_path):
