@@ -18,6 +18,7 @@ WRAPPERS = {
 }
 _PIDFD_SIGNAL_THREAD = 1  # linux/pidfd.h
 _LIBC = ctypes.CDLL(None)
+_PF_FORKNOEXEC = 0x40  # linux/sched.h
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -30,6 +31,7 @@ class Process:
     start_ticks: int
     comm: str
     rss_bytes: int
+    forked_only: bool = False  # forked, and no exec since: its pages are its parent's, shared until written to
 
 
 def memcg_pids(path: str) -> list[int]:
@@ -45,13 +47,18 @@ def memcg_pids(path: str) -> list[int]:
 def read_process(pid: int) -> Process | None:
     """What /proc/PID/stat says; None when the process is gone."""
     try:
-        data = Path(f"/proc/{pid}/stat").read_bytes()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # half of what pathlib takes for it
+        try:
+            data = os.read(fd, 4096)
+        finally:
+            os.close(fd)
     except OSError:
         return None
     head, _, tail = data.rpartition(b")")
     fields = tail.split()
     comm = head.partition(b"(")[2].decode(errors="replace")
-    return Process(pid, int(fields[1]), int(fields[19]), comm, int(fields[21]) * _PAGE_BYTES)
+    forked_only = bool(int(fields[6]) & _PF_FORKNOEXEC)
+    return Process(pid, int(fields[1]), int(fields[19]), comm, int(fields[21]) * _PAGE_BYTES, forked_only)
 
 
 def processes(path: str) -> list[Process]:

@@ -1,0 +1,296 @@
+"""Whose growth is it? Follows the processes of one memcg from look to look; for the governor process, not for reflex.
+
+Reads only `/proc/PID/stat` and `statm`, which take no lock that a process in trouble could hold (`cmdline`,
+`environ` and `smaps` wait for its mmap lock), and `memory.stat`. A look ends when its budget is over; the next one
+goes on where it ended.
+
+What a process holds is estimated as resident less shared pages of `statm`: its anonymous memory, off by what the
+kernel has not yet added up (up to 64 pages a thread before Linux 6.2, a few dozen pages a CPU since). tmpfs and
+shared memory count as "shared" there, and kernel memory not at all: how much these grew, `memory.stat` tells of the
+memcg as a whole, and it is put to the process that was charged last. Pages that a fork shares with its parent count
+in both until one exits; so a child that has not called exec starts with what its parent held, not with nothing.
+
+A tree is what descends from a child of the agent, or from a process beside the agent that has no parent in the memcg.
+A process keeps the tree in which it was first seen, whoever adopts it later.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from governor.actions.processes import Process, leader, memcg_pids, read_process
+from governor.cgroup import parse_flat_keyed
+from governor.record import PAGE_BYTES
+
+BUDGET_NS = 5_000_000
+BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this old, where there is one
+FLOOR_BYTES = 1 << 20  # less growth than this is noise of the kernel's counters
+TIE_RATIO = 0.9  # of the largest growth: who reaches it is as likely the cause
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_HIDDEN = (b"shmem", b"slab_unreclaimable", b"pagetables", b"kernel_stack", b"sock", b"percpu")
+
+Key = tuple[int, int]  # pid and start in clock ticks since boot: one process, ever
+_History = deque[tuple[int, int]]  # (monotonic ns, bytes), oldest first
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Under which process the memory of a memcg grew.
+
+    `culprit_pid` is the root of the tree that grew most; where that has ended, the tree's largest process. It is 0
+    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes.
+    """
+
+    culprit_pid: int
+    culprit_start_ticks: int
+    culprit_comm: str
+    grown_bytes: int
+    held_bytes: int
+    agent_grown_bytes: int
+    others_grown_bytes: int  # of all trees together
+    window_ns: int  # since the oldest look that was compared with; 0: there is none yet
+    known_ratio: float  # share of the processes that the last look reached
+    members: tuple[Key, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Tree:
+    """The first process of a tree, which need not live any more."""
+
+    key: Key
+    of_agent: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """What is remembered of a living process; `parent_pid` is the first one that it was seen with."""
+
+    process: Process
+    parent_pid: int
+    history: _History
+    tree: _Tree | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        return self.history[-1][1] if self.history else 0
+
+    @property
+    def grown_bytes(self) -> int:
+        return max(0, self.history[-1][1] - self.history[0][1]) if self.history else 0
+
+
+@dataclass(slots=True)
+class _Share:
+    """A tree's part of the growth."""
+
+    tree: _Tree
+    grown_bytes: int = 0
+    members: list[_Seen] = field(default_factory=list)
+
+
+class Attribution:
+    """The processes of one memcg, from look to look."""
+
+    def __init__(self, memcg_path: str, agent_pid: int = 0) -> None:
+        self._path = memcg_path
+        self._given_pid = agent_pid
+        self._agent_pid = agent_pid
+        self._seen: dict[int, _Seen] = {}
+        self._lineage: set[int] = set()  # the agent and its ancestors
+        self._looks: deque[tuple[int, int]] = deque()  # (monotonic ns, clock ticks since boot)
+        self._hidden: _History = deque()
+        self._resume_pid = 0
+        self._known_ratio = 0.0
+
+    def look(self, now_ns: int, budget_ns: int = BUDGET_NS, first: Collection[int] = ()) -> None:
+        """One pass over the processes, `first` and the agent before the others, as far as the budget goes.
+
+        Listing the processes is not part of the budget.
+        """
+        until_ns = time.monotonic_ns() + budget_ns
+        ticks = time.clock_gettime_ns(time.CLOCK_BOOTTIME) * _CLOCK_TICKS // 1_000_000_000
+        pids = sorted(memcg_pids(self._path))
+        listed = set(pids)
+        for pid in self._seen.keys() - listed:
+            del self._seen[pid]
+        self._find_agent(listed)
+        self._see_hidden(now_ns)
+        begin = bisect_right(pids, self._resume_pid)
+        urgent = [pid for pid in (self._agent_pid, *first) if pid in listed]
+        done: set[int] = set()
+        for number, pid in enumerate([*urgent, *pids[begin:], *pids[:begin]]):
+            if pid in done:
+                continue
+            if done and time.monotonic_ns() >= until_ns:
+                break
+            self._see(pid, now_ns)
+            done.add(pid)
+            if number >= len(urgent):
+                self._resume_pid = pid
+        self._known_ratio = len(done) / len(listed) if listed else 1.0
+        self._looks.append((now_ns, ticks))
+        _forget_old(self._looks, now_ns)
+        self._plant(listed)
+
+    def growth(self, now_ns: int, charging_pid: int, budget_ns: int = BUDGET_NS) -> Growth:
+        """A fresh look, compared with one at least BASELINE_NS old; `charging_pid` may be a thread, 0 if unknown.
+
+        Ask when a memcg is braked and keep the answer: while it is held nothing grows, and after a second of looks
+        at that, nothing has grown.
+        """
+        self.look(now_ns, budget_ns, (charging_pid,))
+        charging = self._seen.get(charging_pid) or self._seen.get(_process_of(charging_pid))
+        shares: dict[Key, _Share] = {}
+        for seen in self._seen.values():
+            if seen.tree:
+                share = shares.setdefault(seen.tree.key, _Share(seen.tree))
+                share.grown_bytes += seen.grown_bytes
+                share.members.append(seen)
+        agent = self._seen.get(self._agent_pid)
+        agent_grown_bytes = agent.grown_bytes if agent else 0
+        hidden_bytes = max(0, self._hidden[-1][1] - self._hidden[0][1]) if self._hidden else 0
+        charged = shares.get(charging.tree.key) if charging and charging.tree else None
+        if charged:
+            charged.grown_bytes += hidden_bytes
+        elif agent and charging is agent:
+            agent_grown_bytes += hidden_bytes
+        others_grown_bytes = sum(share.grown_bytes for share in shares.values())
+        outgrown_bytes = others_grown_bytes * (TIE_RATIO if agent and charging is agent else 1)
+        if agent_grown_bytes >= max(FLOOR_BYTES, outgrown_bytes):
+            culprit = charged if charged and charged.grown_bytes >= TIE_RATIO * agent_grown_bytes else None
+        else:
+            culprit = _culprit(list(shares.values()), charged)
+        return self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns)
+
+    def descendants(self) -> tuple[Key, ...]:
+        """The living processes that descend from the agent as far as was seen, without the agent itself."""
+        return tuple(_key(seen.process) for seen in self._seen.values() if seen.tree and seen.tree.of_agent)
+
+    def _told(self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, now_ns: int) -> Growth:
+        starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
+        window_ns = max(0, now_ns - min(starts, default=now_ns))
+        if culprit is None:
+            return Growth(0, 0, "", 0, 0, agent_grown_bytes, others_grown_bytes, window_ns, self._known_ratio)
+        root = self._seen.get(culprit.tree.key[0])
+        if root is None or root.process.start_ticks != culprit.tree.key[1]:
+            root = max(culprit.members, key=lambda seen: seen.held_bytes)
+        return Growth(
+            root.process.pid,
+            root.process.start_ticks,
+            root.process.comm,
+            culprit.grown_bytes,
+            sum(seen.held_bytes for seen in culprit.members),
+            agent_grown_bytes,
+            others_grown_bytes,
+            window_ns,
+            self._known_ratio,
+            tuple(_key(seen.process) for seen in culprit.members),
+        )
+
+    def _find_agent(self, listed: set[int]) -> None:
+        """Keep to the agent; where it was not given and is gone, whoever leads the memcg now."""
+        if not self._given_pid and self._agent_pid not in listed:
+            self._agent_pid = getattr(leader(self._path), "pid", 0)
+            for seen in self._seen.values():
+                seen.tree = None
+        self._lineage = set()
+        pid = self._agent_pid
+        while pid in listed and pid not in self._lineage and (process := read_process(pid)):
+            self._lineage.add(pid)
+            pid = process.parent_pid
+
+    def _see_hidden(self, now_ns: int) -> None:
+        try:
+            stat = parse_flat_keyed(Path(self._path, "memory.stat").read_bytes())
+        except OSError:
+            return
+        self._hidden.append((now_ns, sum(stat.get(name, 0) for name in _HIDDEN)))
+        _forget_old(self._hidden, now_ns)
+
+    def _see(self, pid: int, now_ns: int) -> None:
+        process = read_process(pid)
+        if process is None:
+            self._seen.pop(pid, None)
+            return
+        seen, unchanged = self._seen.get(pid), False
+        if seen is None or seen.process.start_ticks != process.start_ticks:
+            seen = self._seen[pid] = _Seen(process, process.parent_pid, self._born(process))
+        elif seen.history and seen.process.rss_bytes == process.rss_bytes:
+            unchanged = True  # one read is enough
+        elif seen.process.forked_only and not process.forked_only:  # a new image holds nothing of the old one
+            seen.history = deque([(now_ns, 0)])
+        seen.process = process
+        held_bytes = seen.held_bytes if unchanged else _anonymous_bytes(pid)
+        if held_bytes is not None:
+            seen.history.append((now_ns, held_bytes))
+            _forget_old(seen.history, now_ns)
+
+    def _born(self, process: Process) -> _History:
+        """The history of a process at first sight: empty unless it was started after a look that is remembered."""
+        before = [look_ns for look_ns, ticks in self._looks if ticks <= process.start_ticks]
+        if not before:
+            return deque()
+        parent = self._seen.get(process.parent_pid)
+        return deque([(before[-1], parent.held_bytes if parent and process.forked_only else 0)])
+
+    def _plant(self, listed: set[int]) -> None:
+        """Give every process seen for the first time its tree, unless its parent was not reached yet."""
+        for seen in self._seen.values():
+            way: list[_Seen] = []
+            while seen.tree is None and seen.process.pid not in self._lineage and len(way) <= len(self._seen):
+                way.append(seen)
+                parent = self._seen.get(seen.parent_pid)
+                reused = parent is not None and parent.process.start_ticks > seen.process.start_ticks
+                if seen.parent_pid in self._lineage or seen.parent_pid not in listed or reused:
+                    seen.tree = _Tree(_key(seen.process), seen.parent_pid == self._agent_pid)
+                elif parent is None:
+                    break
+                else:
+                    seen = parent
+            for one in way:
+                one.tree = seen.tree
+
+
+def _culprit(shares: list[_Share], charged: _Share | None) -> _Share | None:
+    """The tree that grew most, among near equals the one that was charged; where none grew, only that one."""
+    largest = max(shares, key=lambda share: share.grown_bytes, default=None)
+    if largest is None or largest.grown_bytes < FLOOR_BYTES:
+        return charged
+    return charged if charged and charged.grown_bytes >= TIE_RATIO * largest.grown_bytes else largest
+
+
+def _key(process: Process) -> Key:
+    return process.pid, process.start_ticks
+
+
+def _forget_old(history: deque[tuple[int, int]], now_ns: int) -> None:
+    """Keep the newest entry that is BASELINE_NS old, and what came after it."""
+    while len(history) > 1 and history[1][0] <= now_ns - BASELINE_NS:
+        history.popleft()
+
+
+def _anonymous_bytes(pid: int) -> int | None:
+    try:
+        fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _, resident, shared, *_ = os.read(fd, 256).split()
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):
+        return None
+    return max(0, int(resident) - int(shared)) * PAGE_BYTES
+
+
+def _process_of(tid: int) -> int:
+    """The process that a thread belongs to, 0 when it is gone."""
+    try:
+        with Path(f"/proc/{tid}/status").open("rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"Tgid:")), 0)
+    except (OSError, ValueError):
+        return 0
