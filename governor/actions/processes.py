@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ WRAPPERS = {
     *("sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
     *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
 }
+_KILL_ROUNDS = 8
 _PIDFD_SIGNAL_THREAD = 1  # linux/pidfd.h
 _LIBC = ctypes.CDLL(None)
 _PF_FORKNOEXEC = 0x40  # linux/sched.h
@@ -136,10 +137,109 @@ def kill_bursting(path: str, spare_pid: int, max_bytes: int) -> Iterator[Process
             yield process
 
 
-def kill_memcg(path: str) -> None:
-    """SIGKILL everything in a memcg: at once with cgroup.kill (5.14), else one by one."""
+def kill_memcg(path: str, directory_fd: int = -1) -> None:
+    """SIGKILL everything in a memcg: at once with cgroup.kill (5.14), else one by one.
+
+    With `directory_fd` (see cgroup.Memcg) it is the memcg that was opened, whatever has the path now.
+    """
+    where = f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else path
     try:
-        (Path(path) / "cgroup.kill").write_text("1")
+        Path(where, "cgroup.kill").write_text("1")
     except OSError:
-        for pid in memcg_pids(path):
+        for pid in memcg_pids(where):
             send(pid, signal.SIGKILL)
+
+
+def kill_tree(
+    memcg_path: str,
+    root_pid: int,
+    root_start_ticks: int,
+    spare: Collection[int],
+    remembered: Collection[tuple[int, int]] = (),
+) -> list[Process]:
+    """SIGKILL a process and all that descends from it, within a memcg; who was hit.
+
+    `remembered` are (pid, start) of further members that another process has adopted (attribution.Growth.members).
+    Never hit: `spare`, governor and PID 1, what descends from them, and their ancestors; a root that has one of them
+    below it loses only the rest of its tree. Every process is held by pidfd, found to be the one meant by its start,
+    and found in the memcg once more, before it is hit. What forks meanwhile, in a memcg that is not frozen, is found
+    by looking again, a few times, unless its parent has died since.
+    """
+    keys = {(root_pid, root_start_ticks), *remembered}
+    hit: dict[tuple[int, int], Process] = {}
+    for _ in range(_KILL_ROUNDS):
+        found = _tree(processes(memcg_path), keys, spare)
+        keys |= found.keys()
+        killed = _kill_verified(memcg_path, [process for key, process in found.items() if key not in hit])
+        if not killed:
+            break
+        hit |= {(process.pid, process.start_ticks): process for process in killed}
+    return list(hit.values())
+
+
+def sweep(
+    memcg_path: str,
+    owned: bool,
+    subtree: Collection[tuple[int, int]],
+    spare: Collection[int] = (),
+    directory_fd: int = -1,
+) -> list[Process]:
+    """Kill what is left: the whole memcg where it is `owned`, else `subtree` and what descends from it.
+
+    `subtree` and `spare` are as `remembered` and `spare` of kill_tree. Returns who was there to be hit.
+    """
+    if owned:
+        left = processes(f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else memcg_path)
+        kill_memcg(memcg_path, directory_fd)
+        return left
+    return kill_tree(memcg_path, 0, 0, spare, subtree)
+
+
+def _tree(
+    found: list[Process], keys: Collection[tuple[int, int]], spare: Collection[int]
+) -> dict[tuple[int, int], Process]:
+    """Of the processes found those in `keys` and their descendants, down to whoever must not be hit."""
+    spared = {1, os.getpid(), *spare}
+    protected = _with_ancestors(spared)
+    children: dict[int, list[Process]] = {}
+    for process in found:
+        children.setdefault(process.parent_pid, []).append(process)
+    tree: dict[tuple[int, int], Process] = {}
+    waiting = [process for process in found if (process.pid, process.start_ticks) in keys]
+    while waiting:
+        process = waiting.pop()
+        key = (process.pid, process.start_ticks)
+        if key in tree or process.pid in spared:
+            continue
+        if process.pid not in protected:
+            tree[key] = process
+        waiting += children.get(process.pid, [])
+    return tree
+
+
+def _with_ancestors(pids: Collection[int]) -> set[int]:
+    known: set[int] = set()
+    for pid in pids:
+        while pid and pid not in known:
+            known.add(pid)
+            pid = getattr(read_process(pid), "parent_pid", 0)
+    return known
+
+
+def _kill_verified(memcg_path: str, meant: list[Process]) -> list[Process]:
+    pidfds: dict[int, tuple[int, Process]] = {}
+    try:
+        for process in meant:
+            with suppress(OSError):
+                pidfds[process.pid] = (os.pidfd_open(process.pid), process)
+        inside = set(memcg_pids(memcg_path))
+        return [
+            process
+            for pid, (pidfd, process) in pidfds.items()
+            if pid in inside
+            and getattr(read_process(pid), "start_ticks", None) == process.start_ticks
+            and send_by_pidfd(pidfd, signal.SIGKILL)
+        ]
+    finally:
+        for pidfd, _ in pidfds.values():
+            os.close(pidfd)

@@ -72,7 +72,7 @@ class Puppets:
 
     def wait_gone(self, pid):
         until = time.monotonic() + 20
-        while os.path.exists(f"/proc/{pid}/statm") and open(f"/proc/{pid}/statm").read() != "0 0 0 0 0 0 0\n":
+        while (found := attribution.read_process(pid)) and found.rss_bytes:
             assert time.monotonic() < until
             time.sleep(0.005)
         self.pids.remove(pid)
