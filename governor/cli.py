@@ -19,6 +19,7 @@ import typer
 
 from governor import __version__, cgroup, instance, pins, probe
 from governor.journal import printable
+from governor.policy_cli import policy_app
 
 app = typer.Typer(
     help="Keeps AI agents' sessions alive when their containers run out of memory.",
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 app.add_typer(archive_app, name="archive")
+app.add_typer(policy_app, name="policy")
 
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -48,6 +48,8 @@ def parse_pattern(glob: str, home: str) -> Pattern:
     parts = [part for part in glob.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise ValueError(f"found archive pattern {glob!r}, expected one without '..'")
+    if not parts:
+        raise ValueError(f"found archive pattern {glob!r}, expected one that names files")
     count = next((i for i, part in enumerate(parts) if any(c in part for c in _WILD)), len(parts) - 1)
     count = min(count, trusted) if trusted >= 0 else count
     return Pattern(os.path.realpath("/" + "/".join(parts[:count])), tuple(parts[count:]))
