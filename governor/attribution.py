@@ -26,6 +26,7 @@ from pathlib import Path
 
 from governor.actions.processes import Process, leader, memcg_pids, read_process
 from governor.cgroup import parse_flat_keyed
+from governor.model import Growth
 from governor.record import PAGE_BYTES
 
 BUDGET_NS = 5_000_000
@@ -37,26 +38,6 @@ _HIDDEN = (b"shmem", b"slab_unreclaimable", b"pagetables", b"kernel_stack", b"so
 
 Key = tuple[int, int]  # pid and start in clock ticks since boot: one process, ever
 _History = deque[tuple[int, int]]  # (monotonic ns, bytes), oldest first
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Under which process the memory of a memcg grew.
-
-    `culprit_pid` is the root of the tree that grew most; where that has ended, the tree's largest process. It is 0
-    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes.
-    """
-
-    culprit_pid: int
-    culprit_start_ticks: int
-    culprit_comm: str
-    grown_bytes: int
-    held_bytes: int
-    agent_grown_bytes: int
-    others_grown_bytes: int  # of all trees together
-    window_ns: int  # since the oldest look that was compared with; 0: there is none yet
-    known_ratio: float  # share of the processes that the last look reached
-    members: tuple[Key, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

@@ -1,7 +1,18 @@
 """The journal: one JSON object a line for everything that was seen, decided and done, and a line for people.
 
-Fields of every line: `time` (ISO 8601, UTC), `monotonic_ns`, `kind`, `target`. Text that came from outside is
-escaped before it reaches the terminal.
+Fields of every line: `time` (ISO 8601, UTC), `monotonic_ns`, `kind`, `target`. Further fields by kind:
+
+    begin      policy, state                 at the start and on top of each new file: what `replay` starts from
+    policy     policy, path                  the policy was read again
+    step       event, of, now_ns, phase, rule, instructions
+               what the ladder heard (`event` names a class of `model`, `of` has its fields), on the boottime clock; the
+               phase after it; the row of the transition table that applied ("" if none); what was decided, before it
+               is carried out. Samples that change nothing are left out unless memory moved by 1 % or a minute passed.
+    crossing, verify, stall                  record: what the BPF programs sent
+    all others  text, and figures            what became of it: braked, thawed, archived, killed, delivered, ...
+
+A file over LIMIT_BYTES becomes FILE.1, that FILE.2, and so on up to FILE.<KEEP>. Text that came from outside is escaped
+before it reaches the terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +20,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,12 +48,34 @@ def _plain(value: Any) -> Any:
 class Journal:
     """Appends to a file; a write that fails is said once and never stops the caller."""
 
-    def __init__(self, path: Path, target: str) -> None:
-        """Raises OSError when the file cannot be opened."""
+    LIMIT_BYTES = 16 << 20
+    KEEP = 3
+
+    def __init__(self, path: Path, target: str, first: Callable[[], dict[str, Any]] = dict) -> None:
+        """`first` gives the fields of the line of kind begin. Raises OSError when the file cannot be opened."""
+        self._path, self._target, self._first = path, target, first
+        self._failed = self._torn = False
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._target = target
-        self._failed = False
+        self._fd = self._open()
+
+    def begin(self) -> None:
+        """Write the line that `replay` starts from."""
+        self.write("begin", **self._first())
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(self._path, flags, 0o600)
+
+    def _rotate(self) -> None:
+        for number in range(self.KEEP, 0, -1):
+            older = self._path.with_name(f"{self._path.name}.{number}")
+            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
+            if newer.exists():
+                newer.rename(older)
+        fd = self._open()
+        os.close(self._fd)
+        self._fd = fd
+        self.begin()
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line; `fields` are what orjson can write, dataclasses included."""
@@ -52,8 +86,11 @@ class Journal:
             "target": self._target,
             **fields,
         }
+        data = b"\n" * self._torn + encode(line) + b"\n"
         try:
-            os.write(self._fd, encode(line) + b"\n")
+            self._torn = os.write(self._fd, data) < len(data)  # a full disk
+            if kind != "begin" and os.lseek(self._fd, 0, os.SEEK_CUR) > self.LIMIT_BYTES:
+                self._rotate()
         except OSError as error:
             if not self._failed:
                 say(f"the journal cannot be written: {error}; going on without it")

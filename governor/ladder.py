@@ -1,325 +1,489 @@
-"""Which remedy comes next. Everything that decides stands here, and nothing here acts or reads a clock.
+"""Which remedy comes next. Everything that decides stands here and in `tiers.py`; nothing here acts or reads a clock.
 
 Theory. An event comes in, `step` returns the next state and the instructions to carry out; what becomes of an
-instruction comes back as a further event. One destructive instruction a step at most.
+instruction comes back as a further event. At most one instruction of a step changes anything for the target
+(ACTIONS); the others prepare, tell or undo. TRANSITIONS is the whole of it: a test holds every step that any history
+takes against it, and the README's diagram is drawn from it.
 
-    phase        event                                      next         instructions
-    WATCHING     sample >= compact level, not in cooldown   WATCHING     compact (an episode begins)
-    WATCHING     samples >= brake level, no crossing heard  WATCHING     brake
-    WATCHING     braked                                     HELD         archive (compact counts as attempted)
-    HELD         archived, room for a probation             PROBATION    thaw under memory.high
-    HELD         archived, no room or braked again          TERMINATING  terminate
-    HELD         thawed (the loan was over)                 PROBATION
-    PROBATION    sample, compact is due                     PROBATION    compact
-    PROBATION    samples >= last level, none heard either   PROBATION    brake
-    PROBATION    braked                                     HELD         archive (again: the session moved on)
-    PROBATION    over, and calm                             WATCHING     usual levels
-    TERMINATING  signalled                                  TERMINATING  thaw, brake again at the last level
-    TERMINATING  braked at the last level, or grace over    TERMINATING  kill
-    any          the agent ended                            WATCHING     usual levels; an episode ends
-
-Compact counts as attempted when it was delivered, failed, or cannot be delivered at all; never silently skipped.
+A brake is a loan, and a decision ends it: the growth of a tool is shed (the tool dies, the agent lives), growth with
+room for it gets a probation, anything else is terminated once the session is archived. Compact comes before that in
+every episode: delivered, failed, queued by the brake, or found impossible; never silently skipped. Clear follows a
+compact of the last five minutes that has settled and has not helped. A person's veto stops everything but the brake.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 
+from governor import tiers
 from governor.cgroup import MemoryState
-from governor.policy import Policy
+from governor.model import (
+    UNDER_WAY,
+    AgentEnded,
+    Answered,
+    Archive,
+    Archived,
+    Braked,
+    Deliver,
+    Event,
+    HoldNow,
+    Instruction,
+    Kill,
+    NothingLeft,
+    Phase,
+    Prolong,
+    Sampled,
+    Settled,
+    Shed,
+    Shedded,
+    Signalled,
+    Stalled,
+    State,
+    Status,
+    StillGrowing,
+    Terminate,
+    Thaw,
+    Thawed,
+    Tier,
+    TierState,
+    UsualLevels,
+    Vetoed,
+    Warn,
+)
+from governor.policy import MINUTE, SECOND, Policy
 from governor.record import PPM
-
-
-class Phase(Enum):
-    """Where the ladder stands."""
-
-    WATCHING = "watching"
-    HELD = "held"
-    PROBATION = "probation"
-    TERMINATING = "terminating"
-
-
-class Attempt(Enum):
-    """What became of compact in this episode."""
-
-    NONE = "none"
-    DUE = "due"
-    RUNNING = "running"
-    DELIVERED = "delivered"
-    FAILED = "failed"
-    UNAVAILABLE = "unavailable"
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A fresh look at the memcg."""
-
-    state: MemoryState
-
-
-@dataclass(frozen=True, slots=True)
-class Braked:
-    """The memcg is held, and memory.stat confirmed that it had to be."""
-
-    state: MemoryState
-    fill_rate_bytes: int | None  # per second
-    frozen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StillGrowing:
-    """The kernel reports a crossing of the brake level or above although the memcg is frozen (one long syscall)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Thawed:
-    """The memcg runs again without our asking: the loan was over, or it had been a false alarm."""
-
-
-@dataclass(frozen=True, slots=True)
-class Archived:
-    """The archive that was asked for is done, well or badly."""
-
-    ok: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Compacted:
-    """The compact command ended."""
-
-    ok: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Signalled:
-    """SIGTERM is on its way to the agent."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentEnded:
-    """The agent's process is gone."""
-
-
-Event = Sampled | Braked | StillGrowing | Thawed | Archived | Compacted | Signalled | AgentEnded
-
-
-# Instructions
-
-
-@dataclass(frozen=True, slots=True)
-class Compact:
-    """Deliver the compact command; memory.high is lifted first."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Brake:
-    """Hold the memcg: the kernel's crossing was missed."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """Archive the session files while the memcg is held."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Something was decided that needs the memcg frozen for at most so long."""
-
-    for_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Thaw:
-    """Let it run; brake again at `brake_ppm`, throttle above `high_bytes` (None: no throttle).
-
-    With `last_word` the agent has its SIGTERM, and `high_bytes` lies under the usage.
-    """
-
-    brake_ppm: int
-    high_bytes: int | None
-    last_word: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Terminate:
-    """SIGKILL what bursts beside the agent, SIGTERM to the agent."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """SIGKILL everything in the memcg."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class UsualLevels:
-    """Undo throttle and raised levels."""
-
-
-Instruction = Compact | Brake | Archive | Hold | Thaw | Terminate | Kill | UsualLevels
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What the ladder remembers of one memcg; times on the monotonic clock, in nanoseconds."""
-
-    phase: Phase = Phase.WATCHING
-    in_episode: bool = False
-    compact: Attempt = Attempt.NONE
-    compact_ns: int | None = None
-    brakes: int = 0  # confirmed ones in this episode
-    held: Braked | None = None
-    probation_until_ns: int = 0
-    must_terminate: bool = False
-    killed: bool = False
-    grace_until_ns: int = 0
-    unheard_since_ns: int | None = None  # over a level without a crossing of the kernel's
-
+from governor.tiers import since
 
 Step = tuple[State, tuple[Instruction, ...]]
 
+ACTIONS = (Deliver, HoldNow, Thaw, Shed, Terminate, Kill)
+_CALM_NS = 10 * SECOND  # below the release level for so long ends an episode
+_STALL_COUNTS_NS = 2 * SECOND
+_SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
+_OWN_SHARE = 4  # a burst is a tool's if the agent's own growth is at most a quarter of it
+_HIGHEST_RATIO = 0.99  # a brake is never set above
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One row of the table: what may follow from an event in a phase."""
+
+    phase: Phase
+    event: type[Event]
+    when: str
+    next: Phase
+    does: tuple[type[Instruction], ...] = ()
+
+
+_W, _H, _P, _T = Phase.WATCHING, Phase.HELD, Phase.PROBATION, Phase.TERMINATING
+
+TRANSITIONS = (
+    Transition(_W, Sampled, "compact is due, or clear after compact", _W, (Deliver,)),
+    Transition(_W, Sampled, "a delivery has settled", _W, (Settled,)),
+    Transition(_W, Sampled, "a delivery is due, and the user is to be warned before", _W, (Warn,)),
+    Transition(_W, Sampled, "over the brake level, and no crossing was heard", _W, (HoldNow,)),
+    Transition(_W, Sampled, "no brake by policy, over the terminate level, compact attempted", _H, (Archive, Warn)),
+    Transition(_W, Sampled, "full, and policy or a veto forbids the rest", _W, (NothingLeft,)),
+    Transition(_W, Braked, "there is room", _H, (Archive,)),
+    Transition(_W, Braked, "no room, the growth is a tool's", _H, (Archive, Shed)),
+    Transition(_W, Braked, "no room, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
+    Transition(_W, AgentEnded, "", _W, (UsualLevels,)),
+    Transition(_H, Archived, "there is room", _P, (Thaw,)),
+    Transition(_H, Archived, "no room, or braked again in probation", _T, (Terminate,)),
+    Transition(_H, Archived, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
+    Transition(_H, Shedded, "nothing was there to be killed, archived", _T, (Terminate,)),
+    Transition(_H, Shedded, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
+    Transition(_H, Sampled, "the tool's memory came back", _P, (Thaw,)),
+    Transition(_H, Sampled, "it did not come back, or no archive came", _T, (Terminate,)),
+    Transition(_H, Sampled, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
+    Transition(_H, Thawed, "the loan was over", _P),
+    Transition(_H, Braked, "braked in the meantime", _H, (Archive,)),
+    Transition(_H, Braked, "the same, no room, the growth is a tool's", _H, (Archive, Shed)),
+    Transition(_H, Braked, "the same, no room, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
+    Transition(_H, AgentEnded, "", _W, (UsualLevels,)),
+    Transition(_P, Sampled, "over, and calm", _W, (UsualLevels,)),
+    Transition(_P, Sampled, "compact is due, or clear after compact", _P, (Deliver,)),
+    Transition(_P, Sampled, "a delivery has settled", _P, (Settled,)),
+    Transition(_P, Sampled, "a delivery is due, and the user is to be warned before", _P, (Warn,)),
+    Transition(_P, Sampled, "over the last level, and no crossing was heard", _P, (HoldNow,)),
+    Transition(_P, Sampled, "no brake by policy, over the terminate level, compact attempted", _H, (Archive, Warn)),
+    Transition(_P, Sampled, "full, and policy or a veto forbids the rest", _P, (NothingLeft,)),
+    Transition(_P, Braked, "first was early, or vetoed: there is room", _H, (Archive,)),
+    Transition(_P, Braked, "again, the growth is a tool's", _H, (Archive, Shed)),
+    Transition(_P, Braked, "again, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
+    Transition(_P, AgentEnded, "", _W, (UsualLevels,)),
+    Transition(_T, Signalled, "frozen, below the last level", _T, (Thaw,)),
+    Transition(_T, Signalled, "at the last level", _T, (Kill,)),
+    Transition(_T, Braked, "at the last level, before it had ended", _T, (Kill,)),
+    Transition(_T, Sampled, "the grace is over, or not frozen and at the last level", _T, (Kill,)),
+    Transition(_T, Sampled, "killed, and nobody knew the agent", _W, (UsualLevels,)),
+    Transition(_T, AgentEnded, "", _W, (UsualLevels,)),
+)
+
 
 def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
-    """The next state and what to do; see the table at the top."""
+    """The next state and what to do. What the table does not name changes no phase and asks for nothing."""
     match event:
-        case AgentEnded():
-            return State(compact_ns=state.compact_ns), (UsualLevels(),)
-        case Compacted(ok=ok):
-            return replace(state, compact=Attempt.DELIVERED if ok else Attempt.FAILED), ()
+        case Sampled(state=memory, at_ns=at_ns):
+            fresh = memory if since(at_ns, now_ns) <= policy.signals.stale_ns else None
+            return _sampled(state, fresh, now_ns, policy)
+        case Stalled():
+            return replace(state, stalled_ns=now_ns), ()
+        case Braked() if state.phase is Phase.TERMINATING:
+            return _kill(state, f"again at {_percent(event.state)} of max before the agent had ended")
         case Braked():
-            return _braked(state, event, policy)
-        case StillGrowing() if state.phase is Phase.HELD:
+            return _braked(state, event, now_ns, policy)
+        case StillGrowing() if state.phase is Phase.HELD and state.shed_ns is None:
             return replace(state, must_terminate=True), ()
         case Archived() if state.phase is Phase.HELD:
-            return _archived(state, now_ns, policy)
+            state = replace(state, archived=True)
+            return (state, ()) if state.shed_ns is not None else _decide(state, event.state, now_ns, policy)
+        case Shedded(killed=0) if state.phase is Phase.HELD:
+            state = replace(state, shed_ns=None, must_terminate=True)
+            return _decide(state, None, now_ns, policy) if state.archived else (state, ())
         case Thawed() if state.phase is Phase.HELD:
-            return replace(state, phase=Phase.PROBATION, probation_until_ns=now_ns + policy.probation_ns), ()
+            return _running(state, Phase.PROBATION, now_ns), ()
         case Signalled() if state.phase is Phase.TERMINATING:
-            return _signalled(state, now_ns, policy)
-        case Sampled(state=memory):
-            return _sampled(state, memory, now_ns, policy)
+            return _signalled(state, policy)
+        case Answered(tier=Tier.COMPACT, status=status, state=memory):
+            return replace(state, compact=tiers.answered(state.compact, status, memory, now_ns)), ()
+        case Answered(tier=Tier.CLEAR, status=status, state=memory):
+            return replace(state, clear=tiers.answered(state.clear, status, memory, now_ns)), ()
+        case AgentEnded():
+            return _agent_ended(state), (UsualLevels(),)
+        case Vetoed(for_ns=for_ns):
+            return replace(state, veto_from_ns=now_ns if for_ns else None, veto_for_ns=for_ns), ()
     return state, ()
 
 
-def _braked(state: State, event: Braked, policy: Policy) -> Step:
-    if state.phase is Phase.TERMINATING:
-        if state.killed:
-            return state, ()
-        reason = f"again at {_percent(event.state)} of max before the agent had ended"
-        return replace(state, killed=True, held=event), (Kill(reason),)
-    again = state.phase is Phase.PROBATION
+def rule(before: Phase, event: Event, after: Phase, instructions: tuple[Instruction, ...]) -> str:
+    """The row of the table that a step was; empty for one that only remembers something."""
+    row = (before, type(event), after, tuple(type(each) for each in instructions))
+    return next((t.when or t.event.__name__ for t in TRANSITIONS if (t.phase, t.event, t.next, t.does) == row), "")
+
+
+def resumed(state: State, same_agent: bool, now_ns: int) -> State:
+    """What an earlier governor left, taken up again: it may have died in the middle of anything.
+
+    What was held is on probation (whoever survived has thawed it), what was asked of nobody knows whom has failed;
+    the grace of an agent that was told to end goes on, if it is still the same.
+    """
+    if state.phase is Phase.TERMINATING and not same_agent:
+        return _agent_ended(state)
+    state = replace(_disturbed(state), compact=_lost(state.compact), clear=_lost(state.clear), shed_ns=None)
+    if state.phase is Phase.HELD:
+        return replace(state, phase=Phase.PROBATION, probation_ns=now_ns)
+    return state
+
+
+# The brake
+
+
+def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
+    again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
+    forbidden = _forbidden(state, now_ns, policy)
+    memory = event.state
     state = replace(
-        state,
+        _disturbed(state),
         phase=Phase.HELD,
         in_episode=True,
-        brakes=state.brakes + 1,
         held=event,
-        compact=_attempted(state.compact, policy),
+        held_ns=now_ns,
+        archived=False,
+        shed_ns=None,
         must_terminate=again,
+        compact=tiers.queued(tiers.disturbed(state.compact), policy.compact, memory, now_ns),
     )
-    archive = Archive(f"braked at {_percent(event.state)} of max" + (", in probation" if again else ""))
-    if again or not _has_room(event, policy):
-        return state, (archive, Hold(policy.archive_deadline_ns + policy.archive_deadline_ns // 2))
-    return state, (archive,)
+    where = f"braked at {_percent(memory)} of max" + (", again" if again else "")
+    if not again and _has_room(event, policy):
+        return state, (Archive(where),)
+    if (shed := _shed(event, policy)) and not _vetoed(state, now_ns):
+        return replace(state, shed_ns=now_ns), (Archive(where), shed)
+    if forbidden:
+        return state, (Archive(where),)
+    hold = Prolong(policy.archive.deadline_ns + policy.archive.deadline_ns // 2)
+    return state, (Archive(where), hold, Warn("terminate", 0, where))
 
 
-def _attempted(compact: Attempt, policy: Policy) -> Attempt:
-    if compact is not Attempt.NONE:
-        return compact
-    return Attempt.DUE if policy.compact_argv else Attempt.UNAVAILABLE
-
-
-def _archived(state: State, now_ns: int, policy: Policy) -> Step:
-    held = state.held
-    assert held
-    if state.must_terminate or not _has_room(held, policy):
-        why = "braked again in probation" if state.brakes > 1 else "no room to let it run on"
-        why = "it grows although frozen" if state.must_terminate and state.brakes == 1 else why
-        state = replace(state, phase=Phase.TERMINATING, grace_until_ns=now_ns + policy.grace_ns)
-        compact = state.compact.value
-        return state, (Terminate(f"{why}; at {_percent(held.state)} of max; compact: {compact}"),)
-    memory = held.state
-    brake_ratio = policy.brake_ratio
-    if memory.unreclaimable_ratio >= policy.probation_ratio:
-        brake_ratio = memory.unreclaimable_ratio + (policy.last_ratio - memory.unreclaimable_ratio) / 3
-    high_bytes = None if state.compact is Attempt.DUE else int(brake_ratio * memory.max_bytes)
-    state = replace(state, phase=Phase.PROBATION, probation_until_ns=now_ns + policy.probation_ns)
-    return state, (Thaw(int(brake_ratio * PPM), high_bytes, False, "probation: archived, and there is room"),)
+def _is_late(held: Braked | None, policy: Policy) -> bool:
+    """Whether a brake came because memory was full, not because it filled fast."""
+    return held is not None and held.state.unreclaimable_ratio >= policy.brake.probation_ratio
 
 
 def _has_room(held: Braked, policy: Policy) -> bool:
     """Whether the memcg may run on for a while: it is not full yet, or fills slowly enough to be caught again."""
-    memory = held.state
-    if memory.unreclaimable_ratio < policy.probation_ratio:
+    memory, brake = held.state, policy.brake
+    if memory.unreclaimable_ratio < brake.probation_ratio:
         return True
-    if memory.unreclaimable_ratio >= policy.last_ratio:
+    if memory.unreclaimable_ratio >= policy.terminate.last_ratio:
         return False
     if held.fill_rate_bytes is None:  # seen for the first time, as when governor starts beside a full agent
-        return memory.unreclaimable_ratio < policy.unknown_rate_ratio
+        return memory.unreclaimable_ratio < brake.unknown_rate_ratio
     headroom_bytes = memory.max_bytes - memory.unreclaimable_bytes
-    return headroom_bytes * 1_000_000_000 >= policy.probation_room_ns * max(1, held.fill_rate_bytes)
+    return headroom_bytes * SECOND >= brake.probation_room_ns * max(1, held.fill_rate_bytes)
 
 
-def _signalled(state: State, now_ns: int, policy: Policy) -> Step:
+def _shed(held: Braked, policy: Policy) -> Shed | None:
+    """The tree to shed: it grew enough to matter, and the agent's own share did not."""
+    growth = held.growth
+    if growth is None or not growth.culprit_pid or not policy.shed.enabled:
+        return None
+    enough = growth.grown_bytes >= policy.shed.grown_ratio * held.state.max_bytes
+    if not enough or growth.agent_grown_bytes * _OWN_SHARE > growth.grown_bytes:
+        return None
+    grown_mib = growth.grown_bytes >> 20
+    reason = f"{growth.culprit_comm} (process {growth.culprit_pid}) grew by {grown_mib} MiB, the agent did not"
+    return Shed(growth.culprit_pid, growth.culprit_start_ticks, growth.members, reason)
+
+
+def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy) -> Step:
+    """Archived and held: let it run on, or end it."""
     held = state.held
     assert held
-    if not held.frozen or held.state.unreclaimable_ratio >= policy.last_ratio:
-        return replace(state, killed=True), (Kill("no room for the agent to end by itself"),)
-    state = replace(state, grace_until_ns=now_ns + policy.grace_ns)
-    high_bytes = int(policy.throttle_ratio * held.state.usage_bytes)
-    return state, (Thaw(int(policy.last_ratio * PPM), high_bytes, True, "so that it can end by itself"),)
+    memory = fresh or held.state
+    recovered = memory.unreclaimable_ratio < min(policy.brake.release_ratio, held.state.unreclaimable_ratio)
+    if recovered or not (state.must_terminate or not _has_room(held, policy)):
+        return _probation(state, memory, now_ns, policy, "archived, and there is room")
+    why = "it did not end by itself" if state.must_terminate else "no room to let it run on"
+    if forbidden := _forbidden(state, now_ns, policy):
+        state, thaw = _probation(state, memory, now_ns, policy, forbidden)
+        told = NothingLeft(f"{why}, at {_percent(memory)} of max; {forbidden}")
+        return replace(state, told_ns=now_ns), (*thaw, told)
+    state = replace(state, phase=Phase.TERMINATING, terminated_ns=now_ns, killed=False)
+    return state, (Terminate(f"{why}; at {_percent(memory)} of max; compact: {state.compact.status.value}"),)
 
 
-def _sampled(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
-    ratio = memory.unreclaimable_ratio
-    calm = ratio < policy.compact_ratio - policy.release_margin_ratio
+def _probation(state: State, memory: MemoryState, now_ns: int, policy: Policy, reason: str) -> Step:
+    ratio, last_ratio = memory.unreclaimable_ratio, policy.terminate.last_ratio
+    brake_ratio = policy.brake.engage_ratio
+    if ratio >= min(policy.brake.probation_ratio, brake_ratio):
+        brake_ratio = max(brake_ratio, min(_HIGHEST_RATIO, ratio + (max(last_ratio, ratio + 0.01) - ratio) / 3))
+    queued = state.compact.status is Status.QUEUED  # a throttled agent could not compact
+    high_bytes = None if queued or not policy.brake.throttle else int(brake_ratio * memory.max_bytes)
+    thaw = Thaw(int(brake_ratio * PPM), high_bytes, False, f"probation: {reason}")
+    return _running(state, Phase.PROBATION, now_ns), (thaw,)
+
+
+def _running(state: State, phase: Phase, now_ns: int) -> State:
+    """It runs again: deadlines stood still while it was frozen."""
+    if state.held and state.held.frozen and (span_ns := since(state.held_ns, now_ns)) < tiers.FOREVER_NS:
+        state = replace(
+            state,
+            compact=tiers.shifted(state.compact, span_ns),
+            clear=tiers.shifted(state.clear, span_ns),
+        )
+    return replace(state, phase=phase, probation_ns=now_ns, shed_ns=None)
+
+
+# The end
+
+
+def _signalled(state: State, policy: Policy) -> Step:
+    held = state.held
+    assert held
+    if held.state.unreclaimable_ratio >= policy.terminate.last_ratio:
+        return _kill(state, "no room for the agent to end by itself")
+    if not held.frozen:
+        return state, ()
+    high_bytes = int(policy.terminate.throttle_ratio * held.state.usage_bytes) if policy.brake.throttle else None
+    return state, (Thaw(int(policy.terminate.last_ratio * PPM), high_bytes, True, "so that it can end by itself"),)
+
+
+def _kill(state: State, reason: str) -> Step:
+    return (state, ()) if state.killed else (replace(state, killed=True), (Kill(reason),))
+
+
+def _terminating(state: State, memory: MemoryState | None, now_ns: int, policy: Policy) -> Step:
+    age_ns = since(state.terminated_ns, now_ns)
+    frozen = state.held is not None and state.held.frozen
+    if state.killed and age_ns >= 2 * policy.terminate.grace_ns:
+        return _agent_ended(state), (UsualLevels(),)
+    if age_ns >= policy.terminate.grace_ns:
+        return _kill(state, f"the agent had not ended {policy.terminate.grace_ns / SECOND:g} s after SIGTERM")
+    if memory and not frozen and memory.unreclaimable_ratio >= policy.terminate.last_ratio:
+        return _kill(state, f"at {_percent(memory)} of max before the agent had ended")
+    return state, ()
+
+
+def _agent_ended(state: State) -> State:
+    """Attempts, cooldowns and what was learned outlast the agent; what was under way does not."""
+    state = _disturbed(state)
+    return replace(
+        state,
+        phase=Phase.WATCHING,
+        held=None,
+        held_ns=None,
+        archived=False,
+        must_terminate=False,
+        shed_ns=None,
+        probation_ns=None,
+        killed=False,
+        compact=_lost(state.compact),
+        clear=_lost(state.clear),
+    )
+
+
+def _lost(tier: TierState) -> TierState:
+    return replace(tier, status=Status.FAILED) if tier.status in UNDER_WAY else tier
+
+
+# Samples
+
+
+def _sampled(state: State, memory: MemoryState | None, now_ns: int, policy: Policy) -> Step:
     if state.phase is Phase.TERMINATING:
-        if now_ns >= state.grace_until_ns and not state.killed:
-            grace_s = policy.grace_ns // 1_000_000_000
-            return replace(state, killed=True), (Kill(f"the agent had not ended {grace_s} s after SIGTERM"),)
+        return _terminating(state, memory, now_ns, policy)
+    if memory is None or memory.max_bytes <= 0:
         return state, ()
     if state.phase is Phase.HELD:
+        return _held(state, memory, now_ns, policy)
+    ratio = memory.unreclaimable_ratio
+    state = _engaged(state, ratio, now_ns, policy)
+    on_probation = state.phase is Phase.PROBATION
+    over = on_probation and since(state.probation_ns, now_ns) >= policy.brake.probation_ns
+    if over and ratio < policy.brake.release_ratio:
+        return replace(state, phase=Phase.WATCHING, held=None, probation_ns=None), (UsualLevels(),)
+    if not state.in_episode:
         return state, ()
-    if state.phase is Phase.PROBATION and now_ns >= state.probation_until_ns:
-        released = ratio < policy.brake_ratio - policy.release_margin_ratio
-        if released:
-            return replace(state, phase=Phase.WATCHING, held=None), (UsualLevels(),)
-    if state.in_episode and calm and state.phase is Phase.WATCHING:
-        return replace(state, in_episode=False, compact=Attempt.NONE, brakes=0), ()
-    if ratio >= policy.compact_ratio or state.compact is Attempt.DUE:
-        return _climb(state, memory, now_ns, policy)
+    waiting = {state.compact.status, state.clear.status} & {Status.RUNNING, Status.DELIVERED}
+    if ratio >= policy.compact.release_ratio or waiting or on_probation:
+        state = replace(state, calm_since_ns=None)
+    elif state.calm_since_ns is None:
+        state = replace(state, calm_since_ns=now_ns)
+    elif since(state.calm_since_ns, now_ns) >= _CALM_NS:
+        return _episode_over(state), ()
+    return _climb(state, memory, now_ns, policy)
+
+
+def _engaged(state: State, ratio: float, now_ns: int, policy: Policy) -> State:
+    compact, clear, end = policy.compact, policy.clear, policy.terminate
+    engage_ratio = compact.engage_ratio
+    if since(state.stalled_ns, now_ns) <= _STALL_COUNTS_NS:
+        engage_ratio = min(engage_ratio, policy.signals.stalled_compact_ratio)
+    release_ratio = min(compact.release_ratio, engage_ratio)
+    levels = (
+        tiers.engaged_since(state.compact.engaged_ns, ratio, engage_ratio, release_ratio, now_ns),
+        tiers.engaged_since(state.clear.engaged_ns, ratio, clear.engage_ratio, clear.release_ratio, now_ns),
+        tiers.engaged_since(state.terminate_engaged_ns, ratio, end.engage_ratio, end.release_ratio, now_ns),
+    )
+    return replace(
+        state,
+        in_episode=state.in_episode or levels[0] is not None,
+        compact=replace(tiers.advanced(state.compact, compact, now_ns), engaged_ns=levels[0]),
+        clear=replace(tiers.advanced(state.clear, clear, now_ns), engaged_ns=levels[1]),
+        terminate_engaged_ns=levels[2],
+    )
+
+
+def _episode_over(state: State) -> State:
+    return replace(
+        state,
+        in_episode=False,
+        calm_since_ns=None,
+        compact=tiers.over(state.compact),
+        clear=tiers.over(state.clear),
+    )
+
+
+def _held(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
+    """A shed shows its effect, or nobody answers any more."""
+    if state.shed_ns is not None:
+        waited = since(state.shed_ns, now_ns) >= _SHED_SHOWS_NS
+        wanted_ratio = policy.brake.engage_ratio if waited else policy.brake.release_ratio
+        if memory.unreclaimable_ratio < wanted_ratio:
+            return _probation(state, memory, now_ns, policy, "the tool that burst is gone")
+        if not waited:
+            return state, ()
+        state = replace(state, shed_ns=None, must_terminate=True)
+        return _decide(state, memory, now_ns, policy) if state.archived else (state, ())
+    if not state.archived and since(state.held_ns, now_ns) >= 2 * policy.archive.deadline_ns:
+        return _decide(replace(state, archived=True), memory, now_ns, policy)
     return state, ()
 
 
 def _climb(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
-    cooling = state.compact_ns is not None and now_ns - state.compact_ns < policy.compact_cooldown_ns
-    compact = _attempted(state.compact, policy)
-    state = replace(state, in_episode=True, compact=compact)
-    if compact is Attempt.DUE and not cooling:
-        reason = f"{_percent(memory)} of max is in use"
-        return replace(state, compact=Attempt.RUNNING, compact_ns=now_ns), (Compact(reason),)
-    unheard_ratio = policy.brake_ratio if state.phase is Phase.WATCHING else policy.last_ratio
-    if memory.unreclaimable_ratio < unheard_ratio:
-        return replace(state, unheard_since_ns=None), ()
-    if state.unheard_since_ns is None:
-        return replace(state, unheard_since_ns=now_ns), ()
-    if now_ns - state.unheard_since_ns >= policy.unheard_dwell_ns:
-        return state, (Brake(f"{_percent(memory)} of max, and the kernel's crossing was not heard"),)
+    """The deliberate tiers: one action, the strongest that is due."""
+    compact, told = tiers.judged(Tier.COMPACT, state.compact, policy.compact, memory, now_ns)
+    if told:
+        return replace(state, compact=compact), told
+    clear, told = tiers.judged(Tier.CLEAR, state.clear, policy.clear, memory, now_ns)
+    if told:
+        return replace(state, clear=clear), told
+    for tier in (_end, _compact, _clear):
+        state, instructions = tier(state, memory, now_ns, policy)
+        if instructions:
+            return state, instructions
     return state, ()
+
+
+def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
+    """Tier 3 from samples: the brake first, if there is one."""
+    if since(state.terminate_engaged_ns, now_ns) < policy.terminate.dwell_ns or state.terminate_engaged_ns is None:
+        return state, ()
+    ratio = memory.unreclaimable_ratio
+    if policy.brake.enabled and not policy.dry_run:
+        on_probation = state.phase is Phase.PROBATION
+        just_told = bool(_forbidden(state, now_ns, policy)) and since(state.told_ns, now_ns) < MINUTE
+        if ratio < (policy.terminate.last_ratio if on_probation else policy.brake.engage_ratio) or just_told:
+            return state, ()
+        state = replace(state, terminate_engaged_ns=now_ns)  # should this be missed as well, in a dwell again
+        return state, (HoldNow(f"{_percent(memory)} of max, and the kernel's crossing was not heard"),)
+    if ratio < policy.terminate.engage_ratio:
+        return state, ()
+    if forbidden := _forbidden(state, now_ns, policy):
+        if since(state.told_ns, now_ns) < MINUTE:
+            return state, ()
+        return replace(state, told_ns=now_ns), (NothingLeft(f"at {_percent(memory)} of max; {forbidden}"),)
+    waits = not tiers.finished(state.compact) and ratio < policy.terminate.last_ratio
+    if waits or not tiers.attempted(state.compact):
+        return state, ()
+    if policy.dry_run and since(state.terminated_ns, now_ns) < MINUTE:
+        return state, ()
+    held = Braked(memory, None, False)
+    state = replace(
+        _disturbed(state), phase=Phase.HELD, held=held, held_ns=now_ns, archived=False, must_terminate=True
+    )
+    where = f"at {_percent(memory)} of max"
+    return state, (Archive(where), Warn("terminate", 0, where))
+
+
+def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
+    ratio = memory.unreclaimable_ratio
+    if _vetoed(state, now_ns) or not tiers.is_due(state.compact, policy.compact, ratio, now_ns):
+        return replace(state, compact=replace(state.compact, warned_ns=None)), ()
+    reason = f"{_percent(memory)} of max is in use"
+    compact, instructions = tiers.begun(Tier.COMPACT, state.compact, policy.compact, memory, now_ns, reason)
+    return replace(state, compact=compact), instructions
+
+
+def _clear(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
+    compact, clear = state.compact, state.clear
+    ratio = memory.unreclaimable_ratio
+    recent = since(compact.at_ns, now_ns) <= policy.clear_after_compact_ns
+    helped = compact.status is Status.SETTLED and memory.unreclaimable_bytes <= compact.at_bytes
+    due = tiers.finished(compact) and recent and not helped and tiers.is_due(clear, policy.clear, ratio, now_ns)
+    if not due or _vetoed(state, now_ns):
+        return replace(state, clear=replace(clear, warned_ns=None)), ()
+    reason = f"{_percent(memory)} of max is in use; compact: {compact.status.value}"
+    clear, instructions = tiers.begun(Tier.CLEAR, clear, policy.clear, memory, now_ns, reason)
+    if any(isinstance(instruction, Deliver) for instruction in instructions):
+        compact = tiers.disturbed(compact)
+    return replace(state, compact=compact, clear=clear), instructions
+
+
+def _disturbed(state: State) -> State:
+    return replace(state, compact=tiers.disturbed(state.compact), clear=tiers.disturbed(state.clear))
+
+
+def _vetoed(state: State, now_ns: int) -> bool:
+    return since(state.veto_from_ns, now_ns) < state.veto_for_ns
+
+
+def _forbidden(state: State, now_ns: int, policy: Policy) -> str:
+    """Why nothing may be terminated; empty if it may."""
+    if _vetoed(state, now_ns):
+        return "governor hold forbids more"
+    return "" if policy.terminate.enabled else "the policy has no terminate"
 
 
 def _percent(memory: MemoryState) -> str:

@@ -1,4 +1,4 @@
-"""The governor process of one memcg: samples, asks the ladder, carries out what it says, journals.
+"""The governor process of one memcg: hears reflex, samples, asks the ladder, has it carried out, journals.
 
 `governor guard` becomes this process by exec, so that the command line's imports do not stay resident. Everything
 that may take long runs in a child; everything real-time runs in reflex. Nothing that goes wrong with one action
@@ -13,32 +13,30 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import orjson
 
-from governor import archive, children, ladder, link, pins, record
-from governor.actions import processes
+from governor import children, ladder, link, model, pins, policy, policy_file, record, state_file
+from governor.agent_process import AgentProcess
+from governor.attribution import Attribution
 from governor.brake import KnobFile
 from governor.cgroup import Memcg, MemoryState
+from governor.codec import plain
+from governor.executor import SLOT, Executor
 from governor.journal import Journal, say
-from governor.ladder import Phase
+from governor.model import Phase
 from governor.policy import MS, SECOND, Policy
 from governor.reflex_process import ReflexProcess
-from governor.session_files import home_of, parse_pattern
+from governor.tiers import since
+from governor.veto import Veto
 
-_SAMPLE_NS = {
-    Phase.WATCHING: 1000 * MS,
-    Phase.HELD: 50 * MS,
-    Phase.PROBATION: 100 * MS,
-    Phase.TERMINATING: 50 * MS,
-}
-_SLOT = 0
+_SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
 _AFTER_FAULT_S = 0.1
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +51,58 @@ class Guard:
     journal_path: str
     agent_pid: int | None = None
     unload_at_end: bool = True
-    archive_globs: list[str] = field(default_factory=list)
+    policy: str = "default"  # a preset's name or a file's path
+    archive_globs: list[str] = field(default_factory=list)  # these two replace what the policy says
     compact_argv: list[str] = field(default_factory=list)
+
+
+def read_policy(guard: Guard) -> Policy:
+    """The policy that a guard names, with what its options replace; raises PolicyError or OSError."""
+    wanted = policy_file.load(guard.policy).policy
+    if guard.archive_globs:
+        wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
+    if guard.compact_argv:
+        wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
+    return wanted
 
 
 class Loop:
     """One governed memcg."""
 
     def __init__(self, guard: Guard) -> None:
-        """Raises OSError when the memcg or the journal cannot be opened."""
+        """Raises OSError when the memcg or the journal cannot be opened, PolicyError for a bad policy."""
         self._guard = guard
-        self._policy = replace(Policy(), compact_argv=tuple(guard.compact_argv))
-        if guard.archive_globs:
-            self._policy = replace(self._policy, archive_globs=tuple(guard.archive_globs))
+        self._policy = read_policy(guard)
         self._memcg = Memcg(guard.cgroup)
-        self._journal = Journal(Path(guard.journal_path), guard.cgroup)
+        self._state_path = state_file.path_for(guard.cgroup)
+        self._state = model.State()
+        self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         self._knob_file = KnobFile(guard.knob_path)
         self._reflex = ReflexProcess(Path(guard.pins_directory), Path(guard.knob_path))
-        self._state = ladder.State()
         self._poller = select.poll()
-        self._children = children.Children(self._poller)
-        self._agent_pidfd = -1
-        self._agent_pid = 0
-        self._patterns = [parse_pattern(glob, "/") for glob in self._policy.archive_globs if glob[0] != "~"]
+        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0)
+        self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
+        self._veto = Veto(self._memcg.cgroup_id)
+        self._executor = Executor(
+            cgroup=guard.cgroup,
+            archive_directory=Path(guard.archive_directory),
+            policy=self._policy,
+            agent=self._agent,
+            knob_file=self._knob_file,
+            children=children.Children(self._poller),
+            send=self._reflex.send,
+            note=self._note,
+            look=self._memcg.memory_state,
+            feed=self._feed,
+        )
         self._sampled_ns = 0
         self._last: MemoryState | None = None
         self._last_ns = 0
         self._sampled_rate: int | None = None  # bytes per second between the last two samples
+        self._journaled_ns: int | None = None
+        self._journaled_ratio = 0.0
         self._programs_gone = False
+        self._save_failed = False
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
@@ -91,11 +113,14 @@ class Loop:
     def run(self) -> None:
         """Until SIGTERM or until the memcg is gone; every knob is restored then."""
         wake_fd = self._catch_signals()
-        left_over = self._knob_file.knobs(_SLOT)
+        left_over = self._knob_file.knobs(SLOT)
         if left_over is None:
-            self._knob_file.adopt(_SLOT, self._guard.cgroup, self._memcg.cgroup_id)
+            self._knob_file.adopt(SLOT, self._guard.cgroup, self._memcg.cgroup_id)
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
+        self._find_agent()
+        self._remember()
+        self._journal.begin()
         try:
             while not self._stopping:
                 try:
@@ -111,36 +136,53 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self._find_agent()
-        self._children.check_deadlines(now_ns)
-        if now_ns - self._sampled_ns >= _SAMPLE_NS[self._state.phase]:
+        self._executor.children.check_deadlines(now_ns)
+        if now_ns - self._sampled_ns >= self._interval_ns():
             self._sample(now_ns)
-        wait_ns = self._sampled_ns + _SAMPLE_NS[self._state.phase] - time.monotonic_ns()
-        for fd, _ in self._poller.poll(max(0, wait_ns // MS + 1)):
+        wait_ns = self._sampled_ns + self._interval_ns() - time.monotonic_ns()
+        for fd, _ in self._poller.poll(min(1000, max(0, wait_ns // MS + 1))):
             self._on_ready(fd, wake_fd)
+
+    def _interval_ns(self) -> int:
+        signals = self._policy.signals
+        raised = self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
+        return _SAMPLE_NS.get(self._state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
 
     def _catch_signals(self) -> int:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
+        for number in (*_STOP_SIGNALS, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         self._poller.register(read_fd, select.POLLIN)
         return read_fd
 
     def _on_ready(self, fd: int, wake_fd: int) -> None:
         if fd == wake_fd:
-            caught = [number for number in os.read(fd, 64) if number in _STOP_SIGNALS]
-            if caught:
-                self._note("stopping", f"{signal.Signals(caught[0]).name}: restoring and leaving")
+            caught = os.read(fd, 64)
+            if signal.SIGHUP in caught:
+                self._read_policy_again()
+            for number in set(caught) & set(_STOP_SIGNALS):
+                self._note("stopping", f"{signal.Signals(number).name}: restoring and leaving")
                 self._stopping = True
         elif fd == self._reflex.fd:
             self._hear_reflex()
-        elif fd == self._agent_pidfd:
+        elif fd == self._agent.pidfd:
             self._agent_ended()
         else:
-            self._children.on_ready(fd)
+            self._executor.children.on_ready(fd)
+
+    def _read_policy_again(self) -> None:
+        try:
+            self._policy = self._executor.policy = read_policy(self._guard)
+        except (policy_file.PolicyError, OSError) as error:
+            self._note("policy_refused", f"the policy stays as it was: {error}")
+            return
+        self._reflex.send(link.encode_levels(link.SET_LEVELS, SLOT, policy.levels(self._policy)))
+        text = f"policy {self._policy.name!r} was read again from {self._guard.policy}"
+        self._note("policy", text, path=self._guard.policy, policy=plain(self._policy))
 
     def _end(self) -> None:
-        for what in self._children.abandon():
+        for what in self._executor.children.abandon():
             self._note("abandoned", f"was still running: {what}")
         self._reflex.stop()
         for told in self._knob_file.restore_all():
@@ -161,7 +203,7 @@ class Loop:
             self._reflex_gone()
         if self._reflex.start(now_ns):
             self._poller.register(self._reflex.fd, select.POLLIN)
-            self._reflex.send(link.encode_levels(link.ADOPT, _SLOT, self._policy.levels))
+            self._reflex.send(link.encode_levels(link.ADOPT, SLOT, policy.levels(self._policy)))
             self._note("reflex_started", f"reflex runs as process {self._reflex.pid}", pid=self._reflex.pid)
 
     def _reflex_gone(self) -> None:
@@ -171,7 +213,7 @@ class Loop:
         undone = "; ".join(restored) or "nothing was braked"
         self._note("reflex_gone", f"reflex ended with status {status}: {undone}; starting it again", status=status)
         if self._state.phase is Phase.HELD:
-            self._feed(ladder.Thawed())
+            self._feed(model.Thawed())
 
     def _hear_reflex(self) -> None:
         try:
@@ -191,11 +233,11 @@ class Loop:
             case link.Thawed(reason=reason, at_ns=at_ns):
                 self._note("thawed", f"thawed: {link.THAW_REASONS[reason]}", at_ns=at_ns)
                 if reason != link.ASKED:
-                    self._feed(ladder.Thawed())
+                    self._feed(model.Thawed())
             case link.Adopted(ok=True):
                 how = pins.attached(Path(self._guard.pins_directory))[pins.REQUIRED_MODULE]
                 self._note("protecting", f"protecting: BPF ({how}) tells of every crossing")
-                self._carry_out(ladder.UsualLevels())  # and undo what an earlier run left
+                self._executor.usual_levels()  # and undo what an earlier run left
             case link.Adopted(ok=False):
                 self._note("unprotected", "reflex cannot watch or freeze this memcg: only sampling is left")
             case link.Alive(dropped=dropped) if dropped > self._dropped:
@@ -220,7 +262,7 @@ class Loop:
         if found.kind == record.CROSSING and found.rising and found.level >= record.LEVEL_BRAKE:
             held = self._state.held if self._state.phase is Phase.HELD else None
             if held and held.frozen and found.ktime_ns > self._held_ns + 20 * MS:
-                self._feed(ladder.StillGrowing())
+                self._feed(model.StillGrowing())
 
     def _on_braked(self, braked: link.Braked) -> None:
         self._held_ns = braked.frozen_ns
@@ -235,44 +277,36 @@ class Loop:
             **braked._asdict(),
         )
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        self._feed(ladder.Braked(braked.state, rate, braked.frozen))
+        self._feed(model.Braked(braked.state, rate, braked.frozen))
 
     # The agent
 
     def _find_agent(self) -> None:
-        if self._agent_pidfd >= 0:
+        if not self._agent.find():
             return
-        pid = self._guard.agent_pid or getattr(processes.leader(self._guard.cgroup), "pid", 0)
-        if not pid:
-            return
-        try:
-            self._agent_pidfd = os.pidfd_open(pid)
-        except OSError:
-            self._guard = replace(self._guard, agent_pid=None)  # it ended: whoever leads the memcg now
-            return
-        self._agent_pid = pid
-        self._poller.register(self._agent_pidfd, select.POLLIN)
-        home = home_of(pid)
-        globs = self._policy.archive_globs
-        self._patterns = [parse_pattern(glob, home) for glob in globs]
+        self._poller.register(self._agent.pidfd, select.POLLIN)
+        self._attribution = Attribution(self._guard.cgroup, self._agent.pid)
+        pid, globs = self._agent.pid, self._policy.archive.globs
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
 
     def _agent_ended(self) -> None:
-        self._poller.unregister(self._agent_pidfd)
-        os.close(self._agent_pidfd)
-        self._agent_pidfd = -1
-        was = self._state.phase
-        self._note(
-            "agent_ended",
-            f"the agent (process {self._agent_pid}) ended",
-            pid=self._agent_pid,
-            phase=was.value,
-        )
-        if was is Phase.TERMINATING:
-            processes.kill_memcg(self._guard.cgroup)  # what is left of it
-        self._feed(ladder.AgentEnded())
+        self._poller.unregister(self._agent.pidfd)
+        pid, was = self._agent.pid, self._state.phase
+        self._agent.forget()
+        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=was.value)
+        self._executor.agent_ended(was)
+        self._feed(model.AgentEnded())
 
     # The ladder
+
+    def _remember(self) -> None:
+        """What an earlier governor knew of this target. What it had under way is not taken up again."""
+        saved, warning = state_file.load(self._state_path, self._guard.cgroup)
+        if warning:
+            self._note("state_aside", warning)
+        if saved:
+            same_agent = saved.agent == self._agent.identity
+            self._state = ladder.resumed(saved.state, same_agent, _now_ns())
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
@@ -281,129 +315,72 @@ class Loop:
             if not self._memcg.exists():
                 self._note("memcg_gone", "the memcg is gone: leaving")
                 self._stopping = True
+            self._feed(model.Sampled(None, _now_ns()))
             return
         if self._last is not None:
             grown_bytes = max(0, state.unreclaimable_bytes - self._last.unreclaimable_bytes)
             self._sampled_rate = grown_bytes * SECOND // max(1, now_ns - self._last_ns)
         self._last, self._last_ns = state, now_ns
+        if self._state.phase in (Phase.WATCHING, Phase.PROBATION):
+            self._attribution.look(now_ns)
+        if (for_ns := self._veto.changed()) is not None:
+            self._note("veto", f"nothing but the brake for {for_ns / SECOND:g} s" if for_ns else "the veto is over")
+            self._feed(model.Vetoed(for_ns))
         if not self._programs_gone and not Path(self._guard.pins_directory).is_dir():
             self._programs_gone = True
             self._note("unprotected", "somebody unloaded the BPF programs: only sampling is left; start me again")
-        self._feed(ladder.Sampled(state))
+        self._feed(model.Sampled(state, _now_ns()))
 
-    def _feed(self, event: ladder.Event) -> None:
-        before = self._state
-        self._state, instructions = ladder.step(before, event, time.monotonic_ns(), self._policy)
-        if self._state.phase is not before.phase:
-            self._journal.write("phase", before=before.phase.value, now=self._state.phase.value)
+    def _feed(self, event: model.Event) -> None:
+        before, now_ns = self._state, _now_ns()
+        self._state, instructions = ladder.step(before, event, now_ns, self._policy)
+        if before.phase is Phase.HELD and self._state.phase is not Phase.HELD and before.held_ns is not None:
+            self._executor.children.prolong(now_ns - before.held_ns)
+        if self._state != before or instructions or self._worth_a_line(event, now_ns):
+            self._journal.write(
+                "step",
+                event=type(event).__name__,
+                of=plain(event),
+                now_ns=now_ns,
+                phase=self._state.phase.value,
+                rule=ladder.rule(before.phase, event, self._state.phase, instructions),
+                instructions=[{type(each).__name__: plain(each)} for each in instructions],
+            )
+        if self._state != before:
+            self._save()
         for instruction in instructions:
-            self._carry_out(instruction)
+            self._executor.carry_out(instruction, self._state)
 
-    def _carry_out(self, instruction: ladder.Instruction) -> None:
-        name = type(instruction).__name__.lower()
-        self._journal.write("instruction", instruction=name, **asdict(instruction))
-        match instruction:
-            case ladder.Archive(reason=reason):
-                self._start_archive(reason)
-            case ladder.Compact(reason=reason):
-                self._start_compact(reason)
-            case ladder.Brake():
-                self._reflex.send(link.encode_slot(link.BRAKE, _SLOT))
-            case ladder.Hold(for_ns=for_ns):
-                self._reflex.send(link.encode_slot(link.PROLONG, _SLOT, time.monotonic_ns() + for_ns))
-            case ladder.Thaw(brake_ppm=ppm, high_bytes=high_bytes, last_word=last_word, reason=reason):
-                say(f"thaw: {reason}")
-                if last_word and high_bytes and (knobs := self._knob_file.knobs(_SLOT)):
-                    knobs.squeeze(high_bytes)  # here: it may take long, and reflex has no time
-                    knobs.close()
-                    high_bytes = 0
-                high_bytes = -1 if high_bytes is None else high_bytes
-                self._reflex.send(link.Thaw(_SLOT, ppm, high_bytes, False, last_word).encode())
-            case ladder.UsualLevels():
-                ppm = self._policy.levels.engage_ppm[record.LEVEL_BRAKE - 1]
-                self._reflex.send(link.Thaw(_SLOT, ppm, -1, True, False).encode())
-            case ladder.Terminate(reason=reason):
-                self._terminate(reason)
-            case ladder.Kill(reason=reason):
-                self._note("killed", f"SIGKILL: {reason}")
-                processes.kill_memcg(self._guard.cgroup)
+    def _worth_a_line(self, event: model.Event, now_ns: int) -> bool:
+        if not isinstance(event, model.Sampled) or event.state is None:
+            return not isinstance(event, model.Sampled)
+        ratio = event.state.unreclaimable_ratio
+        moved = abs(ratio - self._journaled_ratio) >= _JOURNALED_RATIO
+        if not moved and since(self._journaled_ns, now_ns) < _JOURNALED_NS:
+            return False
+        self._journaled_ns, self._journaled_ratio = now_ns, ratio
+        return True
 
-    def _terminate(self, reason: str) -> None:
-        max_bytes = self._state.held.state.max_bytes if self._state.held else 0
-        for process in processes.kill_bursting(self._guard.cgroup, self._agent_pid, max_bytes):
-            held_mib = process.rss_bytes >> 20
-            self._note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
-        sent = self._agent_pidfd >= 0 and processes.ask_to_end(self._agent_pidfd, self._agent_pid)
-        told = f"SIGTERM to the agent (process {self._agent_pid})" if sent else "the agent is not known"
-        self._note("terminating", f"{told}: {reason}", sent=sent)
-        self._feed(ladder.Signalled())
-
-    # Children
-
-    def _start_archive(self, reason: str) -> None:
-        guard, policy, patterns = self._guard, self._policy, self._patterns
-        facts = {
-            "agent_pid": self._agent_pid,
-            "ladder": self._state,
-        }
-
-        def work() -> bytes:
-            manifest = archive.write(
-                Path(guard.archive_directory),
-                patterns,
-                reason,
-                guard.cgroup,
-                facts,
-                policy.archive_limit_bytes,
-            )
-            return orjson.dumps(
-                {"name": manifest.name, "files": len(manifest.files), "skipped": len(manifest.skipped)}
-            )
-
-        deadline_ns = time.monotonic_ns() + policy.archive_deadline_ns
-        self._start(lambda: children.fork(work, deadline_ns, f"archive: {reason}"), self._archive_ended)
-
-    def _archive_ended(self, ended: children.Ended) -> None:
-        if ended.ok:
-            made = orjson.loads(ended.output)
-            self._note("archived", f"archived {made['files']} session files as {made['name']}", **made)
-            if not made["files"]:
-                say(f"no session file was found for {self._policy.archive_globs}: name them with --archive")
-        else:
-            self._failed("archive", ended)
-        self._feed(ladder.Archived(ended.ok))
-
-    def _start_compact(self, reason: str) -> None:
-        environment = {"GOVERNOR_CGROUP": self._guard.cgroup, "GOVERNOR_AGENT_PID": str(self._agent_pid)}
-        deadline_ns = time.monotonic_ns() + self._policy.compact_deadline_ns
-        self._note("compact", f"compact: {reason}", argv=self._policy.compact_argv)
-        argv = self._policy.compact_argv
-        self._start(lambda: children.spawn(argv, environment, deadline_ns, f"compact: {reason}"), self._compact_ended)
-
-    def _compact_ended(self, ended: children.Ended) -> None:
-        if ended.ok:
-            self._note("compacted", "the compact command was delivered", output=ended.output.decode(errors="replace"))
-        else:
-            self._failed("compact", ended)
-        self._feed(ladder.Compacted(ended.ok))
-
-    def _start(self, make: Callable[[], children.Child], on_end: Callable[[children.Ended], None]) -> None:
+    def _save(self) -> None:
         try:
-            child = make()
-        except OSError as error:  # no memory or no pid for a child: failed, like any other way to fail
-            on_end(children.Ended(1, str(error).encode(), False))
-        else:
-            self._children.start(child, on_end)
+            state_file.save(self._state_path, state_file.Saved(self._guard.cgroup, self._agent.identity, self._state))
+            self._save_failed = False
+        except OSError as error:
+            if not self._save_failed:
+                self._note("state_not_saved", f"the state cannot be saved: {error}; going on without it")
+            self._save_failed = True
 
-    def _failed(self, name: str, ended: children.Ended) -> None:
-        why = "was over its deadline" if ended.over_deadline else f"failed with status {ended.status}"
-        output = ended.output.decode(errors="replace")
-        fields = {"status": ended.status, "over_deadline": ended.over_deadline, "output": output}
-        self._note(f"{name}_failed", f"{name} {why}: {output.strip()[-300:]}", **fields)
+    def _first_line(self) -> dict[str, object]:
+        return {"policy": plain(self._policy), "state": plain(self._state), "guard": asdict(self._guard)}
 
     def _note(self, kind: str, text: str, **fields: object) -> None:
         say(text)
         self._journal.write(kind, text=text, **fields)
+
+
+def _now_ns() -> int:
+    """The ladder's clock: it goes on while the machine sleeps, and is not set."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def _megabytes(found: record.Record) -> str:
@@ -416,7 +393,7 @@ def main() -> int:
     guard = Guard(**orjson.loads(sys.argv[1]))
     try:
         loop = Loop(guard)
-    except OSError as error:
+    except (OSError, policy_file.PolicyError) as error:
         say(f"cannot guard {guard.cgroup}: {error}")
         if guard.unload_at_end:
             pins.unload(guard.instance)

@@ -1,0 +1,61 @@
+"""The process that is protected: found, watched through a pidfd, and where its session files are."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+
+from governor.actions import processes
+from governor.session_files import Pattern, home_of, parse_pattern
+
+
+class AgentProcess:
+    """The agent of one memcg; pid 0 and pidfd -1 while there is none."""
+
+    def __init__(self, cgroup: str, wanted_pid: int = 0) -> None:
+        self._cgroup = cgroup
+        self._wanted_pid = wanted_pid
+        self.pid = self.start_ticks = 0
+        self.pidfd = -1
+        self._home = "/"
+
+    def find(self) -> bool:
+        """Look for it unless it is known; True when it was found just now."""
+        if self.pidfd >= 0:
+            return False
+        found = processes.read_process(self._wanted_pid) if self._wanted_pid else processes.leader(self._cgroup)
+        if not found:
+            self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
+            return False
+        try:
+            self.pidfd = os.pidfd_open(found.pid)
+        except OSError:
+            return False
+        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
+        return True
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Pid and start in clock ticks: no two processes of a boot share both."""
+        return self.pid, self.start_ticks
+
+    def patterns(self, globs: Sequence[str]) -> list[Pattern]:
+        """Globs with this agent's home for `~`; without an agent those with `~` are left out."""
+        return [parse_pattern(glob, self._home) for glob in globs if self.pidfd >= 0 or glob[0] != "~"]
+
+    def ask_to_end(self) -> bool:
+        """SIGTERM; False when there is nobody to take it."""
+        return self.pidfd >= 0 and processes.ask_to_end(self.pidfd, self.pid)
+
+    def send(self, name: str) -> bool:
+        """A signal by name; False when there is nobody to take it."""
+        return self.pidfd >= 0 and processes.send_by_pidfd(self.pidfd, signal.Signals[name])
+
+    def forget(self) -> None:
+        """It ended."""
+        with suppress(OSError):
+            os.close(self.pidfd)
+        self.pid = self.start_ticks = 0
+        self.pidfd = -1

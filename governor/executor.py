@@ -1,0 +1,207 @@
+"""Carries out what the ladder asks for, and reports what became of it as further events. Decides nothing.
+
+Whatever may take long runs in a child with a deadline. Nothing that goes wrong with one action is raised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import orjson
+
+from governor import archive, link, model, record
+from governor.actions import processes
+from governor.agent_process import AgentProcess
+from governor.brake import KnobFile
+from governor.cgroup import MemoryState
+from governor.children import Child, Children, Ended, fork, spawn
+from governor.codec import plain
+from governor.journal import say
+from governor.model import Status, Tier
+from governor.policy import SECOND, Policy
+
+SLOT = 0
+
+
+class Note(Protocol):
+    """A line for people and for the journal."""
+
+    def __call__(self, kind: str, text: str, **fields: object) -> None: ...
+
+
+@dataclass(slots=True)
+class Executor:
+    """The hands of one governed memcg. `look` reads its memory anew, `feed` hands an event to the ladder."""
+
+    cgroup: str
+    archive_directory: Path
+    policy: Policy
+    agent: AgentProcess
+    knob_file: KnobFile
+    children: Children
+    send: Callable[[bytes], bool]  # to reflex
+    note: Note
+    look: Callable[[], MemoryState | None]
+    feed: Callable[[model.Event], None]
+
+    def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
+        """Begin it; what takes time reports later. In a dry run only say what would be done."""
+        if self.policy.dry_run:
+            self._pretend(instruction)
+            return
+        match instruction:
+            case model.Archive(reason=reason):
+                self._archive(reason, state)
+            case model.Deliver(tier=tier, reason=reason):
+                self._deliver(tier, reason)
+            case model.HoldNow():
+                self.send(link.encode_slot(link.BRAKE, SLOT))
+            case model.Prolong(for_ns=for_ns):
+                self.send(link.encode_slot(link.PROLONG, SLOT, time.monotonic_ns() + for_ns))
+            case model.Thaw():
+                self._thaw(instruction)
+            case model.UsualLevels():
+                self.usual_levels()
+            case model.Shed():
+                self._shed(instruction)
+            case model.Terminate(reason=reason):
+                self._terminate(reason, state)
+            case model.Kill(reason=reason):
+                self.note("killed", f"SIGKILL: {reason}")
+                processes.kill_memcg(self.cgroup)
+            case model.Warn(what=what, in_ns=in_ns, reason=reason):
+                soon = f"in {in_ns / SECOND:g} s" if in_ns else "now"
+                self.note("warning", f"warning: {what} {soon}: {reason}", what=what, in_ns=in_ns)
+            case model.Settled(tier=tier, freed_bytes=freed_bytes, useless=useless):
+                verdict = "no use" if useless else "of use"
+                self.note("settled", f"{tier.value} freed {freed_bytes / (1 << 20):.1f} MiB: {verdict}")
+            case model.NothingLeft(reason=reason):
+                self.note("nothing_left", f"NOTHING LEFT TO DO: {reason}")
+
+    def usual_levels(self) -> None:
+        """Undo throttle and raised levels."""
+        if self.policy.brake.enabled:
+            ppm = round(self.policy.brake.engage_ratio * record.PPM)
+            self.send(link.Thaw(SLOT, ppm, -1, True, False).encode())
+
+    def _pretend(self, instruction: model.Instruction) -> None:
+        name = type(instruction).__name__.lower()
+        self.note("dry_run", f"dry run: would {name}", **plain(instruction))
+        match instruction:
+            case model.Deliver(tier=tier):
+                self.feed(model.Answered(tier, Status.UNAVAILABLE))
+            case model.Archive():
+                self.feed(model.Archived(True, self.look()))
+            case model.Terminate():
+                self.feed(model.AgentEnded())
+
+    def _thaw(self, thaw: model.Thaw) -> None:
+        if not self.policy.brake.enabled:
+            return
+        say(f"thaw: {thaw.reason}")
+        high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
+        if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(SLOT)):
+            knobs.squeeze(high_bytes)  # here: it may take long, and reflex has no time
+            knobs.close()
+            high_bytes = 0
+        self.send(link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word).encode())
+
+    # Tiers 1 and 2
+
+    def _deliver(self, tier: Tier, reason: str) -> None:
+        delivery = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
+        if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
+            knobs.lift_high()
+            knobs.close()
+        how = delivery.exec or (delivery.signal,)
+        self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
+        if delivery.signal:
+            self._delivered(tier, Status.DELIVERED if self.agent.send(delivery.signal) else Status.FAILED, "")
+            return
+        environment = {
+            "GOVERNOR_CGROUP": self.cgroup,
+            "GOVERNOR_AGENT_PID": str(self.agent.pid),
+            "GOVERNOR_TIER": tier.value,
+        }
+        deadline_ns = time.monotonic_ns() + delivery.deadline_ns
+        self.start(
+            lambda: spawn(delivery.exec, environment, deadline_ns, f"{tier.value}: {reason}"),
+            lambda ended: self._delivery_ended(tier, ended),
+        )
+
+    def _delivery_ended(self, tier: Tier, ended: Ended) -> None:
+        status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED
+        self._delivered(tier, status, _why(ended))
+
+    def _delivered(self, tier: Tier, status: Status, why: str) -> None:
+        text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
+        self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
+        self.feed(model.Answered(tier, status, self.look()))
+
+    # Tier 3
+
+    def _archive(self, reason: str, state: model.State) -> None:
+        policy, agent_pid = self.policy.archive, self.agent.pid
+        patterns = self.agent.patterns(policy.globs)
+        facts = {"agent_pid": agent_pid, "ladder": plain(state)}
+
+        def work() -> bytes:
+            made = archive.write(self.archive_directory, patterns, reason, self.cgroup, facts, policy.limit_bytes)
+            return orjson.dumps({"name": made.name, "files": len(made.files), "skipped": len(made.skipped)})
+
+        deadline_ns = time.monotonic_ns() + policy.deadline_ns
+        self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
+
+    def _archived(self, ended: Ended) -> None:
+        if ended.ok:
+            made = orjson.loads(ended.output)
+            self.note("archived", f"archived {made['files']} session files as {made['name']}", **made)
+            if not made["files"]:
+                say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
+        else:
+            self.note("archive_failed", f"archive failed: {_why(ended)}", status=ended.status)
+        self.feed(model.Archived(ended.ok, self.look()))
+
+    def _shed(self, shed: model.Shed) -> None:
+        self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
+        killed = processes.kill_tree(
+            self.cgroup, shed.culprit_pid, shed.culprit_start_ticks, (self.agent.pid,), shed.members
+        )
+        what = ", ".join(f"{process.comm} ({process.pid})" for process in killed) or "nobody: it had ended"
+        self.note("shed", f"SIGKILL to {what}", pids=[process.pid for process in killed])
+        self.feed(model.Shedded(len(killed)))
+
+    def _terminate(self, reason: str, state: model.State) -> None:
+        max_bytes = state.held.state.max_bytes if state.held else 0
+        for process in processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes):
+            held_mib = process.rss_bytes >> 20
+            self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
+        sent = self.agent.ask_to_end()
+        told = f"SIGTERM to the agent (process {self.agent.pid})" if sent else "the agent is not known"
+        self.note("terminating", f"{told}: {reason}", sent=sent)
+        self.feed(model.Signalled())
+
+    def agent_ended(self, was: model.Phase) -> None:
+        """What a terminated agent leaves behind has no further grace."""
+        if was is model.Phase.TERMINATING and self.policy.terminate.sweep:
+            processes.kill_memcg(self.cgroup)
+
+    def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
+        """Look after a child that `make` makes; one that cannot be made has failed like any other."""
+        try:
+            child = make()
+        except OSError as error:  # no memory or no pid for it
+            on_end(Ended(1, str(error).encode(), False))
+        else:
+            self.children.start(child, on_end)
+
+
+def _why(ended: Ended) -> str:
+    """What a child left to say, in a line's length."""
+    if ended.over_deadline:
+        return "it was over its deadline"
+    return f"status {ended.status}: {ended.output.decode(errors='replace').strip()[-300:]}"

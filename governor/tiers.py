@@ -1,0 +1,156 @@
+"""Compact and clear: when a delivery is due, what counts as attempted, and whether it helped. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from governor.cgroup import MemoryState
+from governor.model import UNDER_WAY, Deliver, Settled, Status, Tier, TierState, Warn
+from governor.policy import SECOND, Delivery, Efficacy
+
+FOREVER_NS = 1 << 62
+USELESS_AFTER_TRIALS = 3
+TRY_AGAIN_NS = 7 * 24 * 3600 * SECOND
+_LOST_NS = 30 * SECOND  # after its deadline: nobody will say any more what became of a delivery
+
+
+def since(stamp_ns: int | None, now_ns: int) -> int:
+    """Nanoseconds since a stamp; for ever where there is none, or where the clock was set back behind it."""
+    return FOREVER_NS if stamp_ns is None or stamp_ns > now_ns else now_ns - stamp_ns
+
+
+def engaged_since(was_ns: int | None, ratio: float, engage: float, release: float, now_ns: int) -> int | None:
+    """Since when a level is engaged: from reaching `engage` until falling below `release`."""
+    if ratio < release:
+        return None
+    return now_ns if was_ns is None and ratio >= engage else was_ns
+
+
+def attempted(tier: TierState) -> bool:
+    """Whether something was tried in this episode, or could not be; what is under way counts."""
+    return tier.status is not Status.NONE
+
+
+def finished(tier: TierState) -> bool:
+    """Whether it was attempted and there is nothing more to wait for."""
+    return attempted(tier) and tier.status not in UNDER_WAY and tier.status is not Status.DELIVERED
+
+
+def queued(tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int) -> TierState:
+    """As a brake leaves it: to be delivered when the target runs again, or found to be impossible."""
+    if attempted(tier):
+        return tier
+    impossible = _impossible(tier, delivery, now_ns)
+    at_bytes = memory.unreclaimable_bytes
+    return replace(tier, status=impossible or Status.QUEUED, began_ns=now_ns, at_ns=now_ns, at_bytes=at_bytes)
+
+
+def advanced(tier: TierState, delivery: Delivery, now_ns: int) -> TierState:
+    """What time alone changes: a deferred delivery expires, one that nobody answers for has failed."""
+    age_ns = since(tier.began_ns, now_ns)
+    if tier.status is Status.DEFERRED and age_ns >= delivery.deadline_ns:
+        return replace(tier, status=Status.EXPIRED, at_ns=now_ns)
+    if tier.status is Status.RUNNING and age_ns >= delivery.deadline_ns + _LOST_NS:
+        return replace(tier, status=Status.FAILED, at_ns=now_ns)
+    return tier
+
+
+def is_due(tier: TierState, delivery: Delivery, ratio: float, now_ns: int) -> bool:
+    """Whether to deliver now, as far as this tier's own history goes."""
+    if tier.engaged_ns is None:
+        return False
+    if tier.status is Status.QUEUED:
+        return True
+    if tier.status is Status.DEFERRED:
+        return since(tier.tried_ns, now_ns) >= delivery.retry_ns
+    if since(tier.engaged_ns, now_ns) < delivery.dwell_ns:
+        return False
+    cooled = since(tier.delivered_ns, now_ns) >= delivery.cooldown_ns
+    if tier.status is Status.NONE:
+        return cooled or ratio >= delivery.cooldown_waived_ratio
+    if tier.status in (Status.FAILED, Status.EXPIRED):
+        return since(tier.at_ns, now_ns) >= delivery.settle_ns
+    if tier.status in (Status.UNAVAILABLE, Status.USELESS):
+        return since(tier.at_ns, now_ns) >= delivery.cooldown_ns
+    return tier.status is Status.SETTLED and cooled
+
+
+def begun(
+    name: Tier, tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int, reason: str
+) -> tuple[TierState, tuple[Deliver | Warn, ...]]:
+    """Warn, deliver when the warning is over, or find that it is impossible: that is an attempt as well."""
+    if impossible := _impossible(tier, delivery, now_ns):
+        return replace(tier, status=impossible, at_ns=now_ns, at_bytes=memory.unreclaimable_bytes), ()
+    again = tier.status is Status.DEFERRED
+    if delivery.warning_ns and tier.status is not Status.DEFERRED:
+        if tier.warned_ns is None:
+            return replace(tier, warned_ns=now_ns), (Warn(name.value, delivery.warning_ns, reason),)
+        if since(tier.warned_ns, now_ns) < delivery.warning_ns:
+            return tier, ()
+    running = replace(
+        tier,
+        warned_ns=None,
+        status=Status.RUNNING,
+        began_ns=tier.began_ns if again else now_ns,
+        tried_ns=now_ns,
+        isolated=True,
+    )
+    return running, (Deliver(name, reason),)
+
+
+def answered(tier: TierState, status: Status, memory: MemoryState | None, now_ns: int) -> TierState:
+    """A delivery ended; an answer that nobody waits for changes nothing."""
+    if tier.status is not Status.RUNNING:
+        return tier
+    if status is Status.DELIVERED:
+        held_bytes = memory.unreclaimable_bytes if memory else 0
+        return replace(tier, status=status, at_ns=now_ns, delivered_ns=now_ns, at_bytes=held_bytes)
+    return replace(tier, status=status, at_ns=now_ns)
+
+
+def judged(
+    name: Tier, tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int
+) -> tuple[TierState, tuple[Settled, ...]]:
+    """After the settle time: what was freed, and whether that was anything; learned if nothing else was done."""
+    if tier.status is not Status.DELIVERED or since(tier.at_ns, now_ns) < delivery.settle_ns:
+        return tier, ()
+    freed_bytes = tier.at_bytes - memory.unreclaimable_bytes
+    useless = freed_bytes < delivery.freed_ratio * memory.max_bytes
+    trials = tier.useless_trials + 1 if useless else 0
+    tier = replace(tier, status=Status.SETTLED)
+    if tier.isolated:
+        tier = replace(tier, useless_trials=trials, judged_ns=now_ns)
+    return tier, (Settled(name, freed_bytes, useless),)
+
+
+def disturbed(tier: TierState) -> TierState:
+    """Something else was done: what memory does now says nothing about this tier."""
+    return replace(tier, isolated=False)
+
+
+def shifted(tier: TierState, by_ns: int) -> TierState:
+    """The target was frozen for so long: deadlines and settle time stood still."""
+    if tier.status not in UNDER_WAY and tier.status is not Status.DELIVERED:
+        return tier
+    stamps = (tier.began_ns, tier.tried_ns, tier.at_ns)
+    began_ns, tried_ns, at_ns = (None if stamp is None else stamp + by_ns for stamp in stamps)
+    return replace(tier, began_ns=began_ns, tried_ns=tried_ns, at_ns=at_ns)
+
+
+def over(tier: TierState) -> TierState:
+    """The episode is over; what is known of the tier stays."""
+    return TierState(
+        engaged_ns=tier.engaged_ns,
+        delivered_ns=tier.delivered_ns,
+        useless_trials=tier.useless_trials,
+        judged_ns=tier.judged_ns,
+    )
+
+
+def _impossible(tier: TierState, delivery: Delivery, now_ns: int) -> Status | None:
+    if not delivery.exec and not delivery.signal:
+        return Status.UNAVAILABLE
+    learned = tier.useless_trials >= USELESS_AFTER_TRIALS and since(tier.judged_ns, now_ns) < TRY_AGAIN_NS
+    if delivery.efficacy is Efficacy.USELESS or (delivery.efficacy is Efficacy.UNKNOWN and learned):
+        return Status.USELESS
+    return None
