@@ -10,19 +10,30 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _OUTPUT_LIMIT_BYTES = 64 << 10
+_FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
+_DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
+_TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
 _PIPE_FD = 3  # in the child
 
 
 class Child:
-    """A running child: `pidfd` becomes readable when it ends, `pipe_fd` when it prints."""
+    """A running child: `pidfd` becomes readable when it ends, `pipe_fd` when it prints.
 
-    def __init__(self, pid: int, pipe_fd: int, deadline_ns: int, what: str) -> None:
+    `is_delivery`: it talks to the target, so its deadline may stand still while the target is frozen. `clean_up` is
+    called once it has ended and says what there is to say of it.
+    """
+
+    def __init__(self, pid: int, pipe_fd: int, deadline_ns: int, what: str, is_delivery: bool = False) -> None:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self.pipe_fd = pipe_fd
         self.deadline_ns = deadline_ns
         self.what = what
+        self.is_delivery = is_delivery
+        self.clean_up: Callable[[], str] | None = None
         self.output = b""
+        self.printed_bytes = 0
+        self.note = ""
 
     def drain(self) -> bool:
         """Take what it printed; False at the end of its output. What is over 64 KiB is thrown away."""
@@ -30,14 +41,28 @@ class Child:
             data = os.read(self.pipe_fd, 65536)
         except BlockingIOError:
             return True
-        self.output = (self.output + data)[:_OUTPUT_LIMIT_BYTES]
+        self.output += data[: _OUTPUT_LIMIT_BYTES - len(self.output)]
+        self.printed_bytes += len(data)
         return bool(data)
 
+    @property
+    def floods(self) -> bool:
+        """Whether it printed more than anybody should read."""
+        return self.printed_bytes > _FLOOD_BYTES
+
     def end(self) -> int:
-        """Its exit status (negative: the signal), after SIGKILL to whatever of its group is left."""
+        """Its exit status (negative: the signal), after SIGKILL to whatever of its group is left.
+
+        One that does not die within half a second is not waited for any longer: it stays behind, as a zombie once it
+        is dead.
+        """
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
+        status: int = signal.SIGKILL
+        if select.select([self.pidfd], [], [], _DEATH_S)[0]:
+            _, status = os.waitpid(self.pid, 0)
+        if self.clean_up:
+            self.note = self.clean_up()
         while self.drain() and len(self.output) < _OUTPUT_LIMIT_BYTES:
             if not select.select([self.pipe_fd], [], [], 0)[0]:
                 break
@@ -48,16 +73,23 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a child: `status` as Popen has it, its output, and whether it had to be ended."""
+    """What became of a child: `status` as Popen has it, its output, whether it had to be ended, and a note."""
 
     status: int
     output: bytes
     over_deadline: bool
+    flooded: bool = False
+    note: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether it did what it was asked to do, in time."""
-        return self.status == 0 and not self.over_deadline
+        return self.status == 0 and not self.over_deadline and not self.flooded
+
+    @property
+    def deferred(self) -> bool:
+        """Whether it says that this is not the moment, and to try again later (exit status 75, EX_TEMPFAIL)."""
+        return self.status == _TEMPORARY_FAILURE and not self.over_deadline and not self.flooded
 
 
 class Children:
@@ -80,6 +112,13 @@ class Children:
             self._end(child, over_deadline=False)
         elif child and not child.drain():
             self._forget(fd)
+        elif child and child.floods:
+            self._end(child, over_deadline=False)
+
+    def prolong(self, by_ns: int) -> None:
+        """Put off the deadlines of deliveries: say each time how long the target was frozen since the last."""
+        for child in {child for child, _ in self._running.values() if child.is_delivery}:
+            child.deadline_ns += by_ns
 
     def check_deadlines(self, now_ns: int) -> None:
         """End the children that are over theirs."""
@@ -97,14 +136,15 @@ class Children:
         _, on_end = self._running[child.pidfd]
         for fd in (child.pidfd, child.pipe_fd):
             self._forget(fd)
-        on_end(Ended(child.end(), child.output, over_deadline))
+        status = child.end()
+        on_end(Ended(status, child.output, over_deadline, child.floods, child.note))
 
     def _forget(self, fd: int) -> None:
         if self._running.pop(fd, None):
             self._poller.unregister(fd)
 
 
-def fork(work: Callable[[], bytes], deadline_ns: int, what: str) -> Child:
+def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False) -> Child:
     """Run `work` in a fork of this process: it starts at once, with everything imported.
 
     What it returns becomes the child's output. An exception becomes exit status 1 with its text as output.
@@ -125,20 +165,31 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str) -> Child:
             os._exit(status)
     os.close(write_fd)
     os.set_blocking(read_fd, False)
-    return Child(pid, read_fd, deadline_ns, what)
+    return Child(pid, read_fd, deadline_ns, what, is_delivery)
 
 
-def spawn(argv: tuple[str, ...], environment: dict[str, str], deadline_ns: int, what: str) -> Child:
-    """Run a command with no standard input; what it prints is the child's output."""
+def spawn(
+    argv: tuple[str, ...],
+    environment: dict[str, str],
+    deadline_ns: int,
+    what: str,
+    prepare: Callable[[], bytes] = bytes,
+) -> Child:
+    """Run a command with no standard input, a delivery; what it prints is the child's output.
+
+    `prepare` is called in the child before the command, and what it returns is printed first; an exception there
+    becomes exit status 1 as in fork().
+    """
 
     def work() -> bytes:
+        os.write(_PIPE_FD, prepare())
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         for number in (1, 2):
             os.dup2(_PIPE_FD, number)
         os.execvpe(argv[0], argv, {**os.environ, **environment})
 
-    return fork(work, deadline_ns, what)
+    return fork(work, deadline_ns, what, is_delivery=True)
 
 
 def _become_child(write_fd: int) -> None:

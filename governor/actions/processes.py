@@ -144,7 +144,8 @@ def kill_memcg(path: str, directory_fd: int = -1) -> None:
     """
     where = f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else path
     try:
-        Path(where, "cgroup.kill").write_text("1")
+        with Path(where, "cgroup.kill").open("r+b", buffering=0) as file:  # "w" would make one where there is none
+            file.write(b"1")
     except OSError:
         for pid in memcg_pids(where):
             send(pid, signal.SIGKILL)

@@ -1,0 +1,168 @@
+"""Actions that reach the agent from outside: a command in a memcg of its own, and a signal.
+
+The memcg (64 MiB, 32 pids) is made beside governor's own, or below the cgroup root: never in the governed one. At
+its end, or at the deadline, everything in it is killed at once and it is removed. Where none can be made, the command
+runs in a process group: bounded in time and output, but not in memory, and what leaves the group is not found again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from governor import cgroup
+from governor.actions.processes import kill_memcg, read_process, send_by_pidfd
+from governor.children import Child, Ended, spawn
+
+MEMORY_MAX_BYTES = 64 << 20
+PIDS_MAX = 32
+_PREFIX = "governor-exec-"
+_LIMITS = {"memory.max": MEMORY_MAX_BYTES, "pids.max": PIDS_MAX, "memory.oom.group": 1}
+_REMOVE_S = 0.2  # killed processes take a moment to leave
+_FIRST_TO_GO = b"1000"  # oom_score_adj: our own low one is not for commands
+
+
+class Commands:
+    """Runs commands; remembers where, and what is still to be removed."""
+
+    def __init__(self, parents: list[str] | None = None) -> None:
+        """`parents`: cgroup directories to make memcgs in, best first [default: see parents()]."""
+        self._parents = places() if parents is None else parents
+        self._number = itertools.count()
+        self._left: list[str] = []
+
+    def run(
+        self, argv: tuple[str, ...], environment: dict[str, str], deadline_ns: int, what: str
+    ) -> tuple[Child, str]:
+        """Start a command; the child and, where it has no memcg of its own, why not. Raises OSError: no child."""
+        self._left = [path for path in self._left if not _remove(path, 0)]
+        path, why_not = self._make()
+
+        def prepare() -> bytes:
+            with suppress(OSError):
+                _write("/proc/self/oom_score_adj", _FIRST_TO_GO)
+            try:
+                if path:
+                    _write(f"{path}/cgroup.procs", b"0")
+            except OSError as error:
+                return f"governor: not in a memcg of its own: {error.strerror}\n".encode()
+            return b""
+
+        try:
+            child = spawn(argv, environment, deadline_ns, what, prepare)
+        except OSError:
+            self._remove(path)
+            raise
+        if path:
+            child.clean_up = self._cleaning(path)
+        return child, why_not
+
+    def sweep(self) -> list[str]:
+        """Remove what commands of a killed governor left running; the memcgs removed."""
+        found = [str(path) for parent in self._parents for path in Path(parent).glob(f"{_PREFIX}*")]
+        return [path for path in found if _abandoned(path) and _remove(path, _REMOVE_S)]
+
+    def _make(self) -> tuple[str, str]:
+        """A new memcg, or "" and why there is none."""
+        own = read_process(os.getpid())
+        why_not = "found no cgroup v2 that governor could use"
+        for parent in self._parents:
+            path = f"{parent}/{_PREFIX}{os.getpid()}-{own.start_ticks if own else 0}-{next(self._number)}"
+            try:
+                Path(path).mkdir()
+                for name, value in _LIMITS.items():
+                    _write(f"{path}/{name}", str(value).encode())
+            except OSError as error:
+                with suppress(OSError):
+                    Path(path).rmdir()
+                why_not = f"{parent}: {error.strerror}"
+            else:
+                return path, ""
+        return "", why_not
+
+    def _cleaning(self, path: str) -> Callable[[], str]:
+        def clean_up() -> str:
+            try:
+                events = cgroup.parse_flat_keyed(Path(path, "memory.events").read_bytes())
+            except OSError:
+                events = {}
+            self._remove(path)
+            return f"it was over its {MEMORY_MAX_BYTES >> 20} MiB" if events.get(b"oom_kill") else ""
+
+        return clean_up
+
+    def _remove(self, path: str) -> None:
+        if path and not _remove(path, _REMOVE_S):
+            self._left.append(path)
+
+
+def places() -> list[str]:
+    """Where a memcg for commands may be made: beside governor's own, then below the root of what governor sees."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::/")), "/")
+    if ".." in own.split("/"):  # outside the cgroup namespace
+        return [cgroup.ROOT]
+    return list(dict.fromkeys([str(Path(cgroup.ROOT + own).parent) if own != "/" else cgroup.ROOT, cgroup.ROOT]))
+
+
+def signal_agent(pidfd: int, pid: int, name: str) -> Ended:
+    """Send a named signal (as "SIGUSR1") to the agent; refused where nothing awaits it and it would end the agent.
+
+    Raises ValueError for a name that is no signal.
+    """
+    try:
+        number = signal.Signals[name]
+    except KeyError:
+        raise ValueError(f"found signal {name!r}, expected a name as SIGUSR1") from None
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return Ended(1, b"the agent is gone", over_deadline=False)
+    masks = {line[:6]: int(line[7:], 16) for line in status.splitlines() if line[:6] in ("SigCgt", "SigBlk")}
+    if not any(mask >> (number - 1) & 1 for mask in masks.values()):
+        return Ended(1, f"the agent does not handle {name}: not sent".encode(), over_deadline=False)
+    if not send_by_pidfd(pidfd, number):
+        return Ended(1, b"the agent is gone", over_deadline=False)
+    return Ended(0, b"", over_deadline=False)
+
+
+def _write(path: str, value: bytes) -> None:
+    """Write to a file that is there; raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+
+
+def _abandoned(path: str) -> bool:
+    """Whether the governor that made this memcg lives no more."""
+    pid, _, rest = Path(path).name.removeprefix(_PREFIX).partition("-")
+    start = rest.partition("-")[0]
+    if not pid.isdecimal() or not start.isdecimal():
+        return False
+    owner = read_process(int(pid))
+    return owner is None or owner.start_ticks != int(start)
+
+
+def _remove(path: str, within_s: float) -> bool:
+    """Kill what is in a memcg of ours and remove it; False where something does not die in time."""
+    until = time.monotonic() + within_s
+    while True:
+        kill_memcg(path)
+        for directory, _, _ in os.walk(path, topdown=False):
+            with suppress(OSError):
+                Path(directory).rmdir()
+        if not Path(path).exists():
+            return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.002)
