@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -48,10 +47,6 @@ class AgentProcess:
     def ask_to_end(self) -> bool:
         """SIGTERM; False when there is nobody to take it."""
         return self.pidfd >= 0 and processes.ask_to_end(self.pidfd, self.pid)
-
-    def send(self, name: str) -> bool:
-        """A signal by name; False when there is nobody to take it."""
-        return self.pidfd >= 0 and processes.send_by_pidfd(self.pidfd, signal.Signals[name])
 
     def forget(self) -> None:
         """It ended."""

@@ -11,15 +11,19 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import orjson
 import typer
 
-from governor import __version__, cgroup, instance, pins, probe
+from governor import __version__, cgroup, instance, pins, policy_file, probe
 from governor.journal import printable
 from governor.policy_cli import policy_app
+
+if TYPE_CHECKING:
+    from governor.replay import Decision
 
 app = typer.Typer(
     help="Keeps AI agents' sessions alive when their containers run out of memory.",
@@ -66,6 +70,7 @@ def guard(
         typer.Option(help="Session files, as a glob (~ is the agent user's home, ** any depth); may be repeated."),
     ] = None,
     compact: Annotated[str, typer.Option(help="Command that makes the agent compact its session.")] = "",
+    policy: Annotated[str, typer.Option(help="A preset's name or a policy file; SIGHUP reads it again.")] = "default",
     archive_dir: ArchiveOption = None,
     journal: Annotated[Path | None, typer.Option(help="Journal file [default: in the state directory].")] = None,
     name: Annotated[str, typer.Option("--instance", help="[default: guard-<cgroup id>]")] = "",
@@ -79,6 +84,7 @@ def guard(
     cgroup_id = path.stat().st_ino
     name = _checked(name or f"guard-{cgroup_id}")
     compact_argv = _check_command(compact)
+    policy = _check_policy(policy, path)
     try:
         _lock(f"memcg-{cgroup_id}")
     except instance.Busy as busy:
@@ -100,6 +106,7 @@ def guard(
         "journal_path": str((journal or state / f"journal-{name}.ndjson").absolute()),
         "agent_pid": pid,
         "unload_at_end": not loaded_before,
+        "policy": policy,
         "archive_globs": globs,
         "compact_argv": compact_argv,
     }
@@ -128,6 +135,18 @@ def _check_command(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         _fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
+
+
+def _check_policy(policy: str, target: Path) -> str:
+    """The preset's name, or the absolute path of a good file that is for this target."""
+    try:
+        loaded = policy_file.load(policy).policy
+    except policy_file.PolicyError as error:
+        _fail(f"{error}", 2)
+    below = str(target.relative_to(cgroup.ROOT)) if target.is_relative_to(cgroup.ROOT) else str(target)
+    if not any(fnmatchcase(below, glob) for glob in loaded.select.cgroup):
+        _fail(f"policy {loaded.name!r} selects {', '.join(loaded.select.cgroup)}, which {below} is not", 2)
+    return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
 
 
 def _check_target(target: str, pid: int | None) -> Path:
@@ -264,6 +283,79 @@ def watch(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         run(path, json, seconds)
+
+
+@app.command()
+def hold(
+    duration: Annotated[str, typer.Argument(help='For how long: "10m", "90s"; "0" ends a hold.')],
+    target: Annotated[str, typer.Option("--cgroup", help="Only this memcg [default: all that are guarded].")] = "",
+) -> None:
+    """Forbid everything but the brake for a while: no compact, clear, shed or terminate.
+
+    Example: governor hold 10m
+    """
+    from governor import veto
+    from governor.policy_keys import Unexpected, duration_ns
+
+    try:
+        for_ns = duration_ns(0 if duration == "0" else duration)
+    except Unexpected as error:
+        _fail(f"found {duration!r}, expected {error}", 2)
+    try:
+        guarded = instance.guarded()
+        wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
+        held = [cgroup_id for cgroup_id in wanted if cgroup_id in guarded]
+        for cgroup_id in held:
+            veto.hold(cgroup_id, for_ns)
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}")
+    if not held:
+        _fail(f"{target} is not guarded" if target else "nothing is guarded: there is nothing to hold")
+    for cgroup_id in held:
+        what = f"nothing but the brake for {duration}" if for_ns else "the hold is over"
+        _out(f"process {guarded[cgroup_id]}: {what}")
+
+
+@app.command()
+def replay(
+    journal: Annotated[Path, typer.Argument(help="A journal; what was rotated away from it is read as well.")],
+    policy: Annotated[str, typer.Option(help="Decide by this preset or file instead.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Decide again what a journal tells of, without a kernel.
+
+    By the policy it was written under: prints what differs, and exits 1 if anything does. With --policy: prints the
+    decisions that differ side by side.
+
+    Example: governor replay ~/.local/state/governor/journal.ndjson --policy cautious
+    """
+    from governor import replay as replaying
+
+    try:
+        wanted = policy_file.load(policy).policy if policy else None
+        steps = differing = unreadable = 0
+        for decision in replaying.replay(replaying.files(journal), wanted):
+            if isinstance(decision, replaying.Unreadable):
+                unreadable += 1
+                typer.echo(f"governor: {printable(decision.where)} cannot be read: passed over", err=True)
+                continue
+            steps += 1
+            if decision.recorded != decision.replayed:
+                differing += 1
+                _out(orjson.dumps(decision).decode() if json else _side_by_side(decision))
+    except policy_file.PolicyError as error:
+        _fail(str(error), 2)
+    except (replaying.ReplayError, OSError) as error:
+        _fail(printable(str(error)))
+    typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise", err=True)
+    raise typer.Exit(1 if differing and not policy else 0)
+
+
+def _side_by_side(decision: Decision) -> str:
+    lines = [f"{decision.time}  {decision.event}"]
+    for name, decided in (("recorded", decision.recorded), ("replayed", decision.replayed)):
+        lines += [f"  {name}: {each}" for each in decided or ("nothing",)]
+    return printable("\n".join(lines)).replace("\\n", "\n")
 
 
 @app.command()

@@ -15,10 +15,11 @@ import orjson
 
 from governor import archive, link, model, record
 from governor.actions import processes
+from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
 from governor.brake import KnobFile
 from governor.cgroup import MemoryState
-from governor.children import Child, Children, Ended, fork, spawn
+from governor.children import Child, Children, Ended, fork
 from governor.codec import plain
 from governor.journal import say
 from governor.model import Status, Tier
@@ -30,7 +31,8 @@ SLOT = 0
 class Note(Protocol):
     """A line for people and for the journal."""
 
-    def __call__(self, kind: str, text: str, **fields: object) -> None: ...
+    def __call__(self, kind: str, text: str, **fields: object) -> None:
+        """`text` for people; both and the fields for the journal."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class Executor:
     agent: AgentProcess
     knob_file: KnobFile
     children: Children
+    commands: Commands
     send: Callable[[bytes], bool]  # to reflex
     note: Note
     look: Callable[[], MemoryState | None]
@@ -120,7 +123,7 @@ class Executor:
         how = delivery.exec or (delivery.signal,)
         self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
         if delivery.signal:
-            self._delivered(tier, Status.DELIVERED if self.agent.send(delivery.signal) else Status.FAILED, "")
+            self._delivery_ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, delivery.signal))
             return
         environment = {
             "GOVERNOR_CGROUP": self.cgroup,
@@ -128,10 +131,15 @@ class Executor:
             "GOVERNOR_TIER": tier.value,
         }
         deadline_ns = time.monotonic_ns() + delivery.deadline_ns
-        self.start(
-            lambda: spawn(delivery.exec, environment, deadline_ns, f"{tier.value}: {reason}"),
-            lambda ended: self._delivery_ended(tier, ended),
-        )
+
+        def run() -> Child:
+            what = f"{tier.value}: {reason}"
+            child, why_not = self.commands.run(delivery.exec, environment, deadline_ns, what)
+            if why_not:
+                self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
+            return child
+
+        self.start(run, lambda ended: self._delivery_ended(tier, ended))
 
     def _delivery_ended(self, tier: Tier, ended: Ended) -> None:
         status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED

@@ -62,6 +62,19 @@ def holders() -> list[int]:
     return sorted(found - {0})
 
 
+def guarded() -> dict[int, int]:
+    """The cgroup id of every memcg that is guarded now, with the pid that guards it; raises OSError."""
+    found = {}
+    for path in run_directory().glob("memcg-*.lock"):
+        number = path.stem.removeprefix("memcg-")
+        try:
+            os.close(lock(path.stem))
+        except Busy as busy:
+            if number.isdigit():
+                found[int(number)] = busy.pid
+    return found
+
+
 def knob_file(instance: str) -> Path:
     """The knob file of an instance."""
     return run_directory() / f"{instance}.knobs"

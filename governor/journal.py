@@ -5,14 +5,15 @@ Fields of every line: `time` (ISO 8601, UTC), `monotonic_ns`, `kind`, `target`. 
     begin      policy, state                 at the start and on top of each new file: what `replay` starts from
     policy     policy, path                  the policy was read again
     step       event, of, now_ns, phase, rule, instructions
-               what the ladder heard (`event` names a class of `model`, `of` has its fields), on the boottime clock; the
-               phase after it; the row of the transition table that applied ("" if none); what was decided, before it
-               is carried out. Samples that change nothing are left out unless memory moved by 1 % or a minute passed.
+               what the ladder heard (`event` names a class of `model`, `of` has its fields), on the boottime clock;
+               the phase after it; the row of the transition table that applied ("" if none); what was decided,
+               before it is carried out. Samples that change nothing are left out unless memory moved by 1 % or a
+               minute passed.
     crossing, verify, stall                  record: what the BPF programs sent
     all others  text, and figures            what became of it: braked, thawed, archived, killed, delivered, ...
 
-A file over LIMIT_BYTES becomes FILE.1, that FILE.2, and so on up to FILE.<KEEP>. Text that came from outside is escaped
-before it reaches the terminal.
+A file over LIMIT_BYTES becomes FILE.1, that FILE.2, and so on up to FILE.<KEEP>. Text that came from outside is
+escaped before it reaches the terminal.
 """
 
 from __future__ import annotations

@@ -207,13 +207,13 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
 
 def _is_late(held: Braked | None, policy: Policy) -> bool:
     """Whether a brake came because memory was full, not because it filled fast."""
-    return held is not None and held.state.unreclaimable_ratio >= policy.brake.probation_ratio
+    return held is not None and held.state.unreclaimable_ratio >= policy.brake.probation_below_ratio
 
 
 def _has_room(held: Braked, policy: Policy) -> bool:
     """Whether the memcg may run on for a while: it is not full yet, or fills slowly enough to be caught again."""
     memory, brake = held.state, policy.brake
-    if memory.unreclaimable_ratio < brake.probation_ratio:
+    if memory.unreclaimable_ratio < brake.probation_below_ratio:
         return True
     if memory.unreclaimable_ratio >= policy.terminate.last_ratio:
         return False
@@ -256,7 +256,7 @@ def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy
 def _probation(state: State, memory: MemoryState, now_ns: int, policy: Policy, reason: str) -> Step:
     ratio, last_ratio = memory.unreclaimable_ratio, policy.terminate.last_ratio
     brake_ratio = policy.brake.engage_ratio
-    if ratio >= min(policy.brake.probation_ratio, brake_ratio):
+    if ratio >= min(policy.brake.probation_below_ratio, brake_ratio):
         brake_ratio = max(brake_ratio, min(_HIGHEST_RATIO, ratio + (max(last_ratio, ratio + 0.01) - ratio) / 3))
     queued = state.compact.status is Status.QUEUED  # a throttled agent could not compact
     high_bytes = None if queued or not policy.brake.throttle else int(brake_ratio * memory.max_bytes)

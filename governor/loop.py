@@ -20,6 +20,7 @@ from pathlib import Path
 import orjson
 
 from governor import children, ladder, link, model, pins, policy, policy_file, record, state_file
+from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
 from governor.attribution import Attribution
 from governor.brake import KnobFile
@@ -90,6 +91,7 @@ class Loop:
             agent=self._agent,
             knob_file=self._knob_file,
             children=children.Children(self._poller),
+            commands=Commands(),
             send=self._reflex.send,
             note=self._note,
             look=self._memcg.memory_state,
@@ -118,6 +120,7 @@ class Loop:
             self._knob_file.adopt(SLOT, self._guard.cgroup, self._memcg.cgroup_id)
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
+        self._executor.commands.sweep()
         self._find_agent()
         self._remember()
         self._journal.begin()
@@ -255,6 +258,9 @@ class Loop:
         if found.cgroup_id != self._memcg.cgroup_id:
             return
         self._journal.write(record.KIND_NAMES.get(found.kind, "record"), **fields)
+        if found.kind == record.STALL:
+            self._feed(model.Stalled())
+            self._sampled_ns = 0  # look now
         if found.kind == record.CROSSING and found.level != self._level_heard:
             way = f"{'rising' if found.rising else 'falling'} to level {record.LEVEL_NAMES[found.level]}"
             say(f"{way}: {_megabytes(found)}, heard after {latency_ms:.2f} ms")
@@ -277,7 +283,8 @@ class Loop:
             **braked._asdict(),
         )
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        self._feed(model.Braked(braked.state, rate, braked.frozen))
+        growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid)
+        self._feed(model.Braked(braked.state, rate, braked.frozen, growth))
 
     # The agent
 

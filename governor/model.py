@@ -51,7 +51,8 @@ class Growth:
     """Under which process the memory of a memcg grew.
 
     `culprit_pid` is the root of the tree that grew most; where that has ended, the tree's largest process. It is 0
-    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes, by pid and start in clock ticks.
+    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes, by pid and
+    start in clock ticks.
     """
 
     culprit_pid: int

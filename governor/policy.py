@@ -88,7 +88,7 @@ class Brake:
     early_ratio: float = 0.70  # from here on it brakes if max is within the horizon
     horizon_ns: int = 100 * MS
     # Under this a probation is always worth trying; above it only when max is at least probation_room_ns away.
-    probation_ratio: float = 0.85
+    probation_below_ratio: float = 0.85
     probation_room_ns: int = 250 * MS
     probation_ns: int = 10 * SECOND
     unknown_rate_ratio: float = 0.93  # under this a probation is tried where no rate is known yet

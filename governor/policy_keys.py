@@ -92,7 +92,7 @@ def convert(key: Key, value: Any) -> Any:
     if key.field.endswith("_ratio"):
         return _number(value, float, "a number from 0 to 1", 1)
     if key.field.endswith("_ns"):
-        return _quantity(value, _DURATIONS, _LONGEST_NS, 'a duration up to "24h", such as "500ms", "10s", "5m"')
+        return duration_ns(value)
     if key.field.endswith("_bytes"):
         return _quantity(value, _SIZES, _LARGEST_BYTES, 'a size, such as "512MiB", "4GiB" or "1000000"')
     if isinstance(default, bool):
@@ -107,6 +107,11 @@ def convert(key: Key, value: Any) -> Any:
         return _checked(key, _text(value))
     assert isinstance(default, tuple), f"{key.path}: no way to write a {type(default).__name__} in a file"
     return _checked(key, _texts(value))
+
+
+def duration_ns(value: Any) -> int:
+    """ "500ms", "10s", "5m", "2h" or 0, in nanoseconds; raises Unexpected."""
+    return _quantity(value, _DURATIONS, _LONGEST_NS, 'a duration up to "24h", such as "500ms", "10s", "5m"')
 
 
 def _number(value: Any, kind: type[int] | type[float], expected: str, most: int) -> Any:

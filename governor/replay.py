@@ -1,7 +1,7 @@
 """Decide again what a journal tells of, without a kernel: the same policy must come to the same decisions.
 
-With another policy the decisions that differ are shown side by side. What was heard stays what it was: a crossing that
-the other policy's levels would have brought earlier, or an answer to something it never asked, is not made up.
+With another policy the decisions that differ are shown side by side. What was heard stays what it was: a crossing
+that the other policy's levels would have brought earlier, or an answer to something it never asked, is not made up.
 """
 
 from __future__ import annotations

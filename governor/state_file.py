@@ -76,31 +76,33 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
     except (OSError, ValueError) as error:
         return None, f"{path} cannot be read ({error}): beginning anew{_set_aside(path)}"
     try:
-        values = orjson.loads(data)
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            raise ValueError(f"expected version {VERSION} of a governor state")
-        boot_id, boottime_ns, wall_ns = (values.pop(k) for k in ("boot_id", "boottime_ns", "wall_ns"))
-        del values["version"]
-        saved: Saved = restored(Saved, values)
-        if saved.target != target:
-            raise ValueError(f"it is about {saved.target}, expected {target}")
-        by_ns = 0 if boot_id == _BOOT_ID.read_text().strip() else _to_this_boot(int(boottime_ns), int(wall_ns))
-    except (ValueError, KeyError, TypeError) as error:
+        return _understood(orjson.loads(data), target), ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path} is not a state of this target ({error}): beginning anew{_set_aside(path)}"
-    return replace(saved, state=_moved(saved.state, by_ns)), ""
+
+
+def _understood(values: dict[str, Any], target: str) -> Saved:
+    version = values.pop("version")
+    boot_id, boottime_ns, wall_ns = (values.pop(name) for name in ("boot_id", "boottime_ns", "wall_ns"))
+    if version != VERSION:
+        raise ValueError(f"found version {version}, expected {VERSION}")
+    saved: Saved = restored(Saved, values)
+    if saved.target != target:
+        raise ValueError(f"it is about {saved.target}, expected {target}")
+    by_ns = 0 if boot_id == _BOOT_ID.read_text().strip() else _to_this_boot(int(boottime_ns), int(wall_ns))
+    return replace(saved, state=_moved(saved.state, by_ns))
 
 
 def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("no regular file")
-        data = os.read(fd, _LIMIT_BYTES + 1)
-        if len(data) > _LIMIT_BYTES:
-            raise ValueError(f"over {_LIMIT_BYTES} bytes")
-        return data
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        data = os.read(fd, _LIMIT_BYTES + 1) if is_file else b""
     finally:
         os.close(fd)
+    if not is_file or len(data) > _LIMIT_BYTES:
+        raise ValueError(f"expected a regular file of at most {_LIMIT_BYTES} bytes")
+    return data
 
 
 def _set_aside(path: Path) -> str:
