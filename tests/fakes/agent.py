@@ -1,6 +1,6 @@
 """An agent-like process: keeps a session file, saves it on SIGTERM, and bursts when told to.
 
-    agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--peak RATIO] [--begin FILE]
+    agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--total-mb N] [--begin FILE]
 
 BURST is one of the names in BURSTS, or "none". It says "ready" on standard output, waits for --begin to exist
 (or for nothing), and bursts as fast as it can, or at --rate-mb. A thread's burst leaves the main thread free to
@@ -98,11 +98,23 @@ def processes(total: int, rate: float = 0) -> None:
         os.waitpid(pid, 0)
 
 
+def tool(total: int, rate: float = 0) -> None:
+    """One child that bursts, as a build or a test run of an agent does."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        touch(total, rate)
+        time.sleep(600)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    print(f"tool ended with {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
 def populate(total: int, rate: float = 0) -> None:
     anonymous(total, MAP_POPULATE)
 
 
-BURSTS = {f.__name__: f for f in (touch, huge, read, tmpfs, threads, processes, populate)}
+BURSTS = {f.__name__: f for f in (touch, huge, read, tmpfs, threads, processes, tool, populate)}
 
 
 def main() -> None:

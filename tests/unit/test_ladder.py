@@ -483,7 +483,7 @@ def fed(history, policy):
         yield before, event, run.feed(event), run
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(histories, policies)
 def test_in_any_history(history, policy):
     """Clocks may jump. Every step is in the table, has one action, and nothing dies unarchived or uncompacted."""
@@ -507,7 +507,7 @@ def test_in_any_history(history, policy):
             archived = True
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(histories, st.sampled_from([POLICY, REACHED, NO_BRAKE]), st.data())
 def test_nothing_strands(history, policy, data):
     """From every state, growth to max that goes on ends in SIGKILL, a shed, or in a loud "nothing left"."""
@@ -538,7 +538,7 @@ def test_nothing_strands(history, policy, data):
     assert {Kill, NothingLeft} & set(done)
 
 
-@settings(max_examples=200)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0.66, 0.69, 0.70, 0.72, 0.81, 0.84, 0.85, 0.87, 0.89]), min_size=100, max_size=300))
 def test_between_two_levels_nothing_flaps(samples):
     """One second apart and without a brake: a delivery of each tier within its cooldown, at most."""
@@ -555,7 +555,7 @@ def test_between_two_levels_nothing_flaps(samples):
     assert not set(run.names()) - {"Deliver", "Settled", "Warn"}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(histories, policies)
 def test_stalls_alone_never_lead_past_compact(history, policy):
     run = Run(policy)
@@ -572,14 +572,13 @@ def test_stalls_alone_never_lead_past_compact(history, policy):
 def test_the_table_has_no_row_twice_and_every_row_is_reached():
     """Rows that no history above can reach would be lies."""
     assert len(ROWS) == len(set(ROWS))
-    seen = set()
-    for state in reachable_states():
-        for policy in (POLICY, REACHED, NO_BRAKE, GENTLE, replace(GENTLE, brake=Brake(enabled=False))):
+    missing = set(ROWS)
+    for policy in (POLICY, REACHED, NO_BRAKE, GENTLE, replace(GENTLE, brake=Brake(enabled=False))):
+        for state in reachable_states():
             for event in sample_events():
-                run = Run(policy, state)
-                after, instructions = ladder.step(state, event, run.now_ns, policy)
-                seen.add((state.phase, type(event), after.phase, tuple(type(i) for i in instructions)))
-    missing = [row for row in ROWS if row not in seen]
+                if any(row[:2] == (state.phase, type(event)) for row in missing):
+                    after, instructions = ladder.step(state, event, 1000 * SECOND, policy)
+                    missing.discard((state.phase, type(event), after.phase, tuple(type(i) for i in instructions)))
     assert not missing
 
 

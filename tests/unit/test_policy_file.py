@@ -328,7 +328,7 @@ def documents(draw):
 
 
 @given(documents())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_lines_in_any_style(document):
     import tomllib
 
@@ -374,7 +374,7 @@ PIECES = [
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
-@settings(max_examples=500)
+@settings(max_examples=200)
 @example("a." * 3000 + "a = 1")
 @example("[" + "a." * 3000 + "a]")
 @example("x = " + "{a=" * 400)
@@ -415,7 +415,7 @@ def as_text(value: object) -> str:
     st.dictionaries(st.sampled_from([*TABLES, "extends", "name", "dry_run", "clear_after_compact", "other"]), TREES),
     st.dictionaries(st.sampled_from(sorted(KEYS)), TREES),
 )
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_arbitrary_trees(tree, by_key):
     for path, value in by_key.items():
         key = KEYS[path]
