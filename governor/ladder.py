@@ -449,7 +449,9 @@ def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step
 
 def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
     ratio = memory.unreclaimable_ratio
-    if _vetoed(state, now_ns) or not tiers.is_due(state.compact, policy.compact, ratio, now_ns):
+    if _vetoed(state, now_ns) or not tiers.is_due(
+        state.compact, policy.compact, ratio, policy.terminate.engage_ratio, now_ns
+    ):
         return replace(state, compact=replace(state.compact, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use"
     compact, instructions = tiers.begun(Tier.COMPACT, state.compact, policy.compact, memory, now_ns, reason)
@@ -461,7 +463,7 @@ def _clear(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> St
     ratio = memory.unreclaimable_ratio
     recent = since(compact.at_ns, now_ns) <= policy.clear_after_compact_ns
     helped = compact.status is Status.SETTLED and memory.unreclaimable_bytes <= compact.at_bytes
-    due = tiers.finished(compact) and recent and not helped and tiers.is_due(clear, policy.clear, ratio, now_ns)
+    due = tiers.finished(compact) and recent and not helped and tiers.is_due(clear, policy.clear, ratio, 1.0, now_ns)
     if not due or _vetoed(state, now_ns):
         return replace(state, clear=replace(clear, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use; compact: {compact.status.value}"

@@ -18,7 +18,9 @@ from governor.policy import Policy
 from governor.policy_keys import KEYS, NAME, TABLES, Unexpected, build, convert, flatten, hint, shown, written
 from governor.toml_lines import key_lines
 
-FILE_LIMIT_BYTES = 1 << 20
+FILE_LIMIT_BYTES = 64 << 10
+# tomllib keeps every beginning of a dotted key: one of 300,000 parts took all of a machine's memory.
+DOTS_LIMIT = 100
 _HINT_LIMIT = 100
 _PRESETS = Path(__file__).parent / "presets"
 _AT_LINE = re.compile(r" \((?:at line (\d+), column \d+|at end of document)\)$")
@@ -166,6 +168,9 @@ def _tree(data: bytes, where: str) -> tuple[dict[str, Any], dict[tuple[str, ...]
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise fault(line, f"the byte 0x{data[error.start]:02x}", f"UTF-8 ({error.reason})") from None
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if line_text.count(".") > DOTS_LIMIT:
+            raise fault(number, shown(line_text), f"at most {DOTS_LIMIT} dots on a line")
     try:
         return tomllib.loads(text), key_lines(text, 2)
     except RecursionError:

@@ -55,8 +55,11 @@ def advanced(tier: TierState, delivery: Delivery, now_ns: int) -> TierState:
     return tier
 
 
-def is_due(tier: TierState, delivery: Delivery, ratio: float, now_ns: int) -> bool:
-    """Whether to deliver now, as far as this tier's own history goes."""
+def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, now_ns: int) -> bool:
+    """Whether to deliver now, as far as this tier's own history goes.
+
+    At `end_ratio` nothing waits for a cooldown: what is terminated there has to be asked before.
+    """
     if tier.engaged_ns is None:
         return False
     if tier.status is Status.QUEUED:
@@ -67,7 +70,7 @@ def is_due(tier: TierState, delivery: Delivery, ratio: float, now_ns: int) -> bo
         return False
     cooled = since(tier.delivered_ns, now_ns) >= delivery.cooldown_ns
     if tier.status is Status.NONE:
-        return cooled or ratio >= delivery.cooldown_waived_ratio
+        return cooled or ratio >= min(delivery.cooldown_waived_ratio, end_ratio)
     if tier.status in (Status.FAILED, Status.EXPIRED):
         return since(tier.at_ns, now_ns) >= delivery.settle_ns
     if tier.status in (Status.UNAVAILABLE, Status.USELESS):

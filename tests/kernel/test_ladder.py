@@ -134,11 +134,9 @@ def test_a_killed_governor_remembers_what_it_has_tried(container, guard, policy,
     for _ in range(3):
         os.kill(governor.process.pid, signal.SIGKILL)
         governor.process.wait()
+        protected = len(governor.lines("protecting"))
         governor = guard(pod, "--policy", path)
-        governor.await_line("begin", count=len(governor.lines("begin")) + 1)
-        wait_for(
-            lambda: governor.lines("protecting")[-1]["monotonic_ns"] > governor.lines("begin")[-1]["monotonic_ns"]
-        )
+        governor.await_line("protecting", count=protected + 1)
     assert delivered(tmp_path) == ["compact"]
     assert governor.lines("begin")[-1]["state"]["compact"]["delivered_ns"]
 

@@ -387,6 +387,13 @@ def test_without_a_brake_samples_lead_to_the_end_but_compact_comes_first():
     assert run.at(0.93, 15).names()[-1] == "Kill"
 
 
+def test_without_a_brake_a_cooling_compact_does_not_keep_the_end_away():
+    policy = replace(NO_BRAKE, compact=replace(NO_BRAKE.compact, cooldown_waived_ratio=1.0))
+    run = Run(policy).at(0.75).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.75))).at(0.2, 60)
+    assert run.at(0.92, 5).names() == ["Deliver", "Settled", "Deliver"]
+    assert run.then(Answered(Tier.COMPACT, Status.FAILED)).at(0.92, 2).names()[-2:] == ["Archive", "Warn"]
+
+
 def test_a_missed_crossing_brakes():
     assert Run().at(0.93, 3).names() == ["HoldNow", "HoldNow"]
     assert Run().at(0.93, 0.4, every=0.4).at(0.8).names() == []
