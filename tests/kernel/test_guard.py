@@ -12,7 +12,7 @@ from conftest import MIB, Container, wait_for
 from governor import archive, cgroup, record
 from governor.actions import processes
 
-TIERS = ("archived", "terminating", "killed", "compact")
+TIERS = ("archived", "terminating", "killed", "deliver", "shed")
 
 READ_FILE = "import sys; f = open(sys.argv[1], 'rb', 0)\nfor _ in range(3):\n f.seek(0)\n while f.read(1 << 20): pass"
 LOOK_UP = "import os\nfor i in range(300_000): os.path.exists(f'/var/tmp/none-{i}')"
@@ -158,7 +158,7 @@ def test_compact_is_delivered_before_anything_else(container, guard, tmp_path):
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "90")
     governor = guard(pod, "--compact", str(script)).ready()
     agent.go()
-    governor.await_line("compacted")
+    governor.await_line("delivered")
     assert told.read_text() == f"{agent.pid} {pod.path}\n"
     assert governor.lines("terminating", "braked") == []
     assert agent.poll() is None
