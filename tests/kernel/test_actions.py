@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import MIB, wait_for
 
-from governor import cgroup, children
+from governor import archive, cgroup, children
 from governor.actions import commands, processes
 from governor.attribution import Attribution
+from governor.session_files import parse_pattern
 
 SECOND = 1_000_000_000
 
@@ -158,3 +160,29 @@ def test_an_open_memcg_is_killed_not_the_one_that_has_its_name_now(container):
     time.sleep(0.3)
     assert second.poll() is None
     memcg.close()
+
+
+def test_a_full_disk_and_a_read_only_one_lead_to_the_next(tmp_path):
+    (tmp_path / "session.jsonl").write_bytes(os.urandom(1 << 20))
+    full, read_only, good = tmp_path / "full", tmp_path / "read-only", tmp_path / "good"
+    for directory, options in ((full, "size=256k"), (read_only, "ro")):
+        directory.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], check=True)
+    try:
+        patterns = [parse_pattern(f"{tmp_path}/*.jsonl", "/")]
+        made = archive.write(full, patterns, "a test", "t", {}, 1 << 30, fallbacks=[read_only, good])
+        assert made.facts["fallback"]["refused"] == {
+            str(full): "No space left on device",
+            str(read_only): "Read-only file system",
+        }
+        assert archive.verify(good, made.name) == made and len(made.files) == 1
+        assert list(full.iterdir()) == []
+    finally:
+        for directory in (full, read_only):
+            subprocess.run(["umount", directory], check=True)
+
+
+def test_a_device_under_a_session_files_name_is_never_opened(tmp_path):
+    os.mknod(tmp_path / "device.jsonl", 0o600 | stat.S_IFCHR, os.makedev(99, 99))  # ENXIO for whoever opens it
+    made = archive.write(tmp_path / "a", [parse_pattern(f"{tmp_path}/*.jsonl", "/")], "a test", "t", {}, 1 << 30)
+    assert made.skipped == {str(tmp_path / "device.jsonl"): "not a regular file"}
