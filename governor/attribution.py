@@ -44,7 +44,8 @@ class Growth:
     """Under which process the memory of a memcg grew.
 
     `culprit_pid` is the root of the tree that grew most; where that has ended, the tree's largest process. It is 0
-    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes.
+    when the growth is the agent's own or nobody can be named. `members` are the tree's living processes. Where nobody
+    was seen to grow (by FLOOR_BYTES) it is the tree that was charged last: a hint, no more.
     """
 
     culprit_pid: int

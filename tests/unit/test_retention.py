@@ -316,7 +316,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["name", "files", "skipped", "base", "format", "complete"]), json_values))
 def test_any_json_is_a_manifest_or_a_value_error(values):
     whole = {"name": "n", "created": "c", "reason": "r", "target": "t", **values}
