@@ -10,9 +10,11 @@ import errno
 import fnmatch
 import os
 import pwd
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NONBLOCK: a FIFO must not hang us
@@ -74,15 +76,28 @@ def home_of(pid: int) -> str:
 
 def excluded(path: str, exclude: tuple[str, ...]) -> bool:
     """Whether an absolute path matches one of the globs (`**`: any number of directories); case does not matter."""
+    names, others = _compiled(exclude)
     parts = path.lower().split("/")
-    return any(_matches(parts, glob.lower().split("/")) for glob in exclude)
+    return bool(names.match(parts[-1])) or any(_matches(parts, glob) for glob in others)
+
+
+@lru_cache
+def _compiled(exclude: tuple[str, ...]) -> tuple[re.Pattern[str], list[list[str]]]:
+    """The globs that only ask for a file's name as one expression, since every file is asked; the others apart."""
+    globs = [glob.lower().split("/") for glob in exclude]
+    by_name = [glob for glob in globs if glob == ["**", glob[-1]] != ["**", "**"]]
+    others = [glob for glob in globs if glob not in by_name]
+    names = [glob[-1] for glob in by_name]
+    return re.compile("|".join(map(fnmatch.translate, names)) or "(?!)"), others
 
 
 def _matches(parts: list[str], globs: list[str]) -> bool:
     if not globs or not parts:
         return not parts and not [glob for glob in globs if glob != "**"]
     if globs[0] == "**":
-        return any(_matches(parts[n:], globs[1:]) for n in range(len(parts) + 1))
+        rest = globs[1:]
+        left = range(len(parts) + 1) if "**" in rest else [len(rest)]  # components that the rest may take
+        return any(_matches(parts[len(parts) - n :], rest) for n in left if n <= len(parts))
     return fnmatch.fnmatchcase(parts[0], globs[0]) and _matches(parts[1:], globs[1:])
 
 
