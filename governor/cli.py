@@ -386,7 +386,7 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
             _out(orjson.dumps(manifest).decode())
         else:
             size_bytes = sum(entry.size_bytes for entry in manifest.files)
-            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {manifest.reason}")
+            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {printable(manifest.reason)}")
 
 
 @archive_app.command("verify")

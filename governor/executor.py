@@ -14,7 +14,7 @@ from typing import Protocol
 import orjson
 
 from governor import archive, link, model, record
-from governor.actions import processes
+from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
 from governor.brake import KnobFile
@@ -22,10 +22,13 @@ from governor.cgroup import MemoryState
 from governor.children import Child, Children, Ended, fork
 from governor.codec import plain
 from governor.journal import say
+from governor.manifest import read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Policy
+from governor.session_files import CREDENTIALS
 
 SLOT = 0
+_TERMINATION_LOG_NS = 2 * SECOND
 
 
 class Note(Protocol):
@@ -50,6 +53,8 @@ class Executor:
     note: Note
     look: Callable[[], MemoryState | None]
     feed: Callable[[model.Event], None]
+    fallbacks: list[Path]  # for archives, where the directory is full or read-only
+    _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
         """Begin it; what takes time reports later. In a dry run only say what would be done."""
@@ -153,13 +158,31 @@ class Executor:
     # Tier 3
 
     def _archive(self, reason: str, state: model.State) -> None:
-        policy, agent_pid = self.policy.archive, self.agent.pid
-        patterns = self.agent.patterns(policy.globs)
-        facts = {"agent_pid": agent_pid, "ladder": plain(state)}
+        """In full, or what has changed since the full one of this agent."""
+        policy, agent = self.policy.archive, self.agent
+        patterns = agent.patterns(policy.globs)
+        facts = {"agent_pid": agent.pid, "ladder": plain(state)}
+        place, base = self._full
+        exclude = (*CREDENTIALS, *policy.exclude)
 
         def work() -> bytes:
-            made = archive.write(self.archive_directory, patterns, reason, self.cgroup, facts, policy.limit_bytes)
-            return orjson.dumps({"name": made.name, "files": len(made.files), "skipped": len(made.skipped)})
+            since = read_manifest(place, base) if base else None
+            made = archive.write(
+                self.archive_directory,
+                patterns,
+                reason,
+                self.cgroup,
+                facts,
+                policy.limit_bytes,
+                exclude=exclude,
+                since=since,
+                fallbacks=self.fallbacks,
+            )
+            fallback = made.facts.get("fallback", {})
+            directory = Path(fallback.get("directory", self.archive_directory))
+            pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
+            told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": pruned}
+            return orjson.dumps(told | {"files": len(made.files), "skipped": len(made.skipped)} | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
@@ -167,10 +190,15 @@ class Executor:
     def _archived(self, ended: Ended) -> None:
         if ended.ok:
             made = orjson.loads(ended.output)
-            self.note("archived", f"archived {made['files']} session files as {made['name']}", **made)
-            if not made["files"]:
+            what = "changed session files" if made["base"] else "session files"
+            where = f" in {made['directory']} ({made['refused']})" if "refused" in made else ""
+            self.note("archived", f"archived {made['files']} {what} as {made['name']}{where}", **made)
+            if not made["files"] and not made["base"]:
                 say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
+            if not made["base"]:
+                self._full = Path(made["directory"]), made["name"]
         else:
+            self._full = self._full[0], ""
             self.note("archive_failed", f"archive failed: {_why(ended)}", status=ended.status)
         self.feed(model.Archived(ended.ok, self.look()))
 
@@ -188,15 +216,29 @@ class Executor:
         for process in processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
+        pid, told = self.agent.pid, f"governor: terminated: {reason}"
+
+        def tell() -> bytes:
+            return b"written" if termination_log.write(told, pid) else b""
+
+        deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
+        self.start(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
         sent = self.agent.ask_to_end()
-        told = f"SIGTERM to the agent (process {self.agent.pid})" if sent else "the agent is not known"
-        self.note("terminating", f"{told}: {reason}", sent=sent)
+        whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
+        self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled())
 
-    def agent_ended(self, was: model.Phase) -> None:
-        """What a terminated agent leaves behind has no further grace."""
-        if was is model.Phase.TERMINATING and self.policy.terminate.sweep:
-            processes.kill_memcg(self.cgroup)
+    def _termination_log_ended(self, ended: Ended) -> None:
+        if not ended.ok:
+            self.note("termination_log_failed", f"the termination log cannot be written: {_why(ended)}")
+
+    def agent_ended(self, state: model.State) -> None:
+        """What a terminated agent leaves behind has no further grace; what its handler wrote is archived."""
+        if state.phase is model.Phase.TERMINATING:
+            if self.policy.terminate.sweep:
+                processes.kill_memcg(self.cgroup)
+            self._archive("after the agent's end", state)
+        self._full = self._full[0], ""
 
     def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
         """Look after a child that `make` makes; one that cannot be made has failed like any other."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import children, ladder, link, model, pins, policy, policy_file, record, state_file
+from governor import children, instance, ladder, link, model, pins, policy, policy_file, record, state_file
 from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
 from governor.attribution import Attribution
@@ -84,9 +84,10 @@ class Loop:
         self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0)
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
+        archives = Path(guard.archive_directory)
         self._executor = Executor(
             cgroup=guard.cgroup,
-            archive_directory=Path(guard.archive_directory),
+            archive_directory=archives,
             policy=self._policy,
             agent=self._agent,
             knob_file=self._knob_file,
@@ -96,6 +97,7 @@ class Loop:
             note=self._note,
             look=self._memcg.memory_state,
             feed=self._feed,
+            fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._sampled_ns = 0
         self._last: MemoryState | None = None
@@ -298,10 +300,10 @@ class Loop:
 
     def _agent_ended(self) -> None:
         self._poller.unregister(self._agent.pidfd)
-        pid, was = self._agent.pid, self._state.phase
+        pid, phase = self._agent.pid, self._state.phase
+        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=phase.value)
+        self._executor.agent_ended(self._state)
         self._agent.forget()
-        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=was.value)
-        self._executor.agent_ended(was)
         self._feed(model.AgentEnded())
 
     # The ladder
