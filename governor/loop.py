@@ -13,19 +13,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import orjson
 
-from governor import archive, children, ladder, link, pins, record
+from governor import archive, children, ladder, link, pins, poll_source, probe, record, subtree
 from governor.actions import processes
-from governor.brake import KnobFile
-from governor.cgroup import Memcg, MemoryState
+from governor.brake import BRAKE_NAMES, FREEZE, NONE, KnobFile
+from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.journal import Journal, say
 from governor.ladder import Phase
+from governor.limits import Limits
 from governor.policy import MS, SECOND, Policy
 from governor.reflex_process import ReflexProcess
 from governor.session_files import home_of, parse_pattern
@@ -47,12 +48,13 @@ class Guard:
 
     cgroup: str
     instance: str
-    pins_directory: str
     knob_path: str
     archive_directory: str
     journal_path: str
     agent_pid: int | None = None
     unload_at_end: bool = True
+    source: str = "auto"
+    bpf_refused: str = ""  # why the programs are not to be loaded
     archive_globs: list[str] = field(default_factory=list)
     compact_argv: list[str] = field(default_factory=list)
 
@@ -67,9 +69,12 @@ class Loop:
         if guard.archive_globs:
             self._policy = replace(self._policy, archive_globs=tuple(guard.archive_globs))
         self._memcg = Memcg(guard.cgroup)
+        self._limits = Limits(self._memcg)
+        self._inside = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
+        self._brake = NONE
         self._journal = Journal(Path(guard.journal_path), guard.cgroup)
         self._knob_file = KnobFile(guard.knob_path)
-        self._reflex = ReflexProcess(Path(guard.pins_directory), Path(guard.knob_path))
+        self._reflex = ReflexProcess(pins.current(guard.instance), Path(guard.knob_path), guard.source)
         self._state = ladder.State()
         self._poller = select.poll()
         self._children = children.Children(self._poller)
@@ -80,7 +85,6 @@ class Loop:
         self._last: MemoryState | None = None
         self._last_ns = 0
         self._sampled_rate: int | None = None  # bytes per second between the last two samples
-        self._programs_gone = False
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
@@ -97,6 +101,8 @@ class Loop:
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
         try:
+            self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
+            self._load_programs()
             while not self._stopping:
                 try:
                     self._once(wake_fd)
@@ -162,7 +168,72 @@ class Loop:
         if self._reflex.start(now_ns):
             self._poller.register(self._reflex.fd, select.POLLIN)
             self._reflex.send(link.encode_levels(link.ADOPT, _SLOT, self._policy.levels))
+            self._tell_agent()
             self._note("reflex_started", f"reflex runs as process {self._reflex.pid}", pid=self._reflex.pid)
+
+    def _tell_agent(self) -> None:
+        pid = self._agent_pid if self._agent_pidfd >= 0 else 0
+        self._reflex.send(link.encode_slot(link.AGENT, _SLOT, pid))
+
+    def _load_programs(self) -> None:
+        """Compile and attach in a child, beside the polling."""
+        guard = self._guard
+        if guard.source in ("psi", "poll") or pins.current(guard.instance):
+            return
+        if guard.bpf_refused:
+            self._bpf_refused(guard.bpf_refused)
+            return
+        deadline_ns = time.monotonic_ns() + probe.LOAD_TIMEOUT_S * SECOND
+        argv = tuple(probe.loader_command(guard.instance))
+        self._start(lambda: children.spawn(argv, {}, deadline_ns, "loading the BPF programs"), self._loaded)
+
+    def _loaded(self, ended: children.Ended) -> None:
+        error = probe.parse_loaded(ended.output, ended.status).get("error")
+        if error or ended.over_deadline:
+            self._bpf_refused(error or "the loader was over its deadline")
+        else:
+            self._reflex.open_pins(pins.current(self._guard.instance))
+
+    def _bpf_refused(self, reason: str) -> None:
+        self._note("bpf_refused", f"no BPF: {reason}")
+        self._reflex.open_pins(None)
+        if self._guard.source == "bpf":
+            self._note("stopping", "--source bpf allows nothing else: leaving")
+            self._stopping = True
+
+    def _protecting(self, source: int, brake: int) -> None:
+        self._brake = brake
+        how = ""
+        if source == poll_source.BPF and (directory := pins.current(self._guard.instance)):
+            how = f" ({pins.attached(directory)[pins.REQUIRED_MODULE]})"
+        name = {poll_source.BPF: "BPF", poll_source.PSI: "psi and polling"}.get(source, "polling")
+        self._memcg_state()  # which limit counts
+        limit = self._limits.describe()
+        text = f"protecting: {name}{how}; brake: {BRAKE_NAMES[brake]}; limit: {limit}"
+        self._note("protecting", text, source=poll_source.NAMES[source], brake=BRAKE_NAMES[brake], limit=limit)
+
+    def _memcg_state(self) -> MemoryState | None:
+        return self._limits.memory_state(time.monotonic_ns())
+
+    def _kill_all(self) -> None:
+        """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
+        if self._brake == FREEZE:
+            processes.kill_memcg(self._guard.cgroup)
+            return
+        for stat in subtree.members(self._agent_pid, self._guard.cgroup, os.getpid()):
+            subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL)
+
+    def _kill_bursting(self, max_bytes: int) -> Iterator[processes.Process]:
+        if self._brake == FREEZE:
+            yield from processes.kill_bursting(self._guard.cgroup, self._agent_pid, max_bytes)
+            return
+        for stat in subtree.members(self._agent_pid, self._guard.cgroup, os.getpid()):
+            process = processes.read_process(stat.pid)
+            if not process or stat.pid == self._agent_pid:
+                continue
+            bursting = process.rss_bytes > processes.BURSTING_RATIO * max_bytes
+            if bursting and subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL):
+                yield process
 
     def _reflex_gone(self) -> None:
         self._poller.unregister(self._reflex.fd)
@@ -192,12 +263,15 @@ class Loop:
                 self._note("thawed", f"thawed: {link.THAW_REASONS[reason]}", at_ns=at_ns)
                 if reason != link.ASKED:
                     self._feed(ladder.Thawed())
-            case link.Adopted(ok=True):
-                how = pins.attached(Path(self._guard.pins_directory))[pins.REQUIRED_MODULE]
-                self._note("protecting", f"protecting: BPF ({how}) tells of every crossing")
+            case link.Adopted(ok=True, source=source, brake=brake):
+                self._protecting(source, brake)
                 self._carry_out(ladder.UsualLevels())  # and undo what an earlier run left
             case link.Adopted(ok=False):
-                self._note("unprotected", "reflex cannot watch or freeze this memcg: only sampling is left")
+                self._note("unprotected", "reflex cannot watch this memcg: only sampling is left")
+            case link.Source(source=source, brake=brake):
+                self._protecting(source, brake)
+            case link.Refused(reason=reason):
+                self._bpf_refused(reason)
             case link.Alive(dropped=dropped) if dropped > self._dropped:
                 self._note("dropped", f"the kernel lost {dropped - self._dropped} records: looking again")
                 self._dropped = dropped
@@ -227,11 +301,14 @@ class Loop:
         took = (
             f" {(braked.frozen_ns - braked.crossed_ns) / MS:.2f} ms after the crossing" if braked.crossed_ns else ""
         )
-        how = "frozen" if braked.frozen else "cannot be frozen"
+        how = "cannot be held"
+        if braked.frozen:
+            how = "frozen" if self._brake == FREEZE else "stopped"
         self._note(
             "braked",
             f"braked: {how}{took} at {100 * braked.state.unreclaimable_ratio:.1f} % of "
-            f"{braked.state.max_bytes >> 20} MiB, charged by process {braked.charging_pid}",
+            f"{braked.state.max_bytes >> 20} MiB"
+            + (f", charged by process {braked.charging_pid}" if braked.charging_pid else ""),
             **braked._asdict(),
         )
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
@@ -242,7 +319,11 @@ class Loop:
     def _find_agent(self) -> None:
         if self._agent_pidfd >= 0:
             return
-        pid = self._guard.agent_pid or getattr(processes.leader(self._guard.cgroup), "pid", 0)
+        if self._inside:
+            found: object = subtree.oldest_other(self._guard.cgroup, os.getpid())
+        else:
+            found = processes.leader(self._guard.cgroup)
+        pid = self._guard.agent_pid or getattr(found, "pid", 0)
         if not pid:
             return
         try:
@@ -252,6 +333,7 @@ class Loop:
             return
         self._agent_pid = pid
         self._poller.register(self._agent_pidfd, select.POLLIN)
+        self._tell_agent()
         home = home_of(pid)
         globs = self._policy.archive_globs
         self._patterns = [parse_pattern(glob, home) for glob in globs]
@@ -261,6 +343,7 @@ class Loop:
         self._poller.unregister(self._agent_pidfd)
         os.close(self._agent_pidfd)
         self._agent_pidfd = -1
+        self._tell_agent()
         was = self._state.phase
         self._note(
             "agent_ended",
@@ -269,14 +352,14 @@ class Loop:
             phase=was.value,
         )
         if was is Phase.TERMINATING:
-            processes.kill_memcg(self._guard.cgroup)  # what is left of it
+            self._kill_all()  # what is left of it
         self._feed(ladder.AgentEnded())
 
     # The ladder
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
-        state = self._memcg.memory_state()
+        state = self._limits.memory_state(now_ns)
         if state is None:
             if not self._memcg.exists():
                 self._note("memcg_gone", "the memcg is gone: leaving")
@@ -286,9 +369,6 @@ class Loop:
             grown_bytes = max(0, state.unreclaimable_bytes - self._last.unreclaimable_bytes)
             self._sampled_rate = grown_bytes * SECOND // max(1, now_ns - self._last_ns)
         self._last, self._last_ns = state, now_ns
-        if not self._programs_gone and not Path(self._guard.pins_directory).is_dir():
-            self._programs_gone = True
-            self._note("unprotected", "somebody unloaded the BPF programs: only sampling is left; start me again")
         self._feed(ladder.Sampled(state))
 
     def _feed(self, event: ladder.Event) -> None:
@@ -314,7 +394,9 @@ class Loop:
             case ladder.Thaw(brake_ppm=ppm, high_bytes=high_bytes, last_word=last_word, reason=reason):
                 say(f"thaw: {reason}")
                 if last_word and high_bytes and (knobs := self._knob_file.knobs(_SLOT)):
-                    knobs.squeeze(high_bytes)  # here: it may take long, and reflex has no time
+                    knobs.squeeze(
+                        self._limits.own_high_bytes(high_bytes)
+                    )  # here: it may take long, and reflex has no time
                     knobs.close()
                     high_bytes = 0
                 high_bytes = -1 if high_bytes is None else high_bytes
@@ -326,11 +408,11 @@ class Loop:
                 self._terminate(reason)
             case ladder.Kill(reason=reason):
                 self._note("killed", f"SIGKILL: {reason}")
-                processes.kill_memcg(self._guard.cgroup)
+                self._kill_all()
 
     def _terminate(self, reason: str) -> None:
         max_bytes = self._state.held.state.max_bytes if self._state.held else 0
-        for process in processes.kill_bursting(self._guard.cgroup, self._agent_pid, max_bytes):
+        for process in self._kill_bursting(max_bytes):
             held_mib = process.rss_bytes >> 20
             self._note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
         sent = self._agent_pidfd >= 0 and processes.ask_to_end(self._agent_pidfd, self._agent_pid)
