@@ -43,8 +43,11 @@ class BpfSource:
         self.drain = self._rings.drain
 
     def vanished(self) -> bool:
-        """Whether somebody unloaded the programs: the maps that are open still work, and nobody writes to them."""
-        return not os.path.exists(f"{self._directory}/charge/ring")  # noqa: PTH110  no pathlib here
+        """Whether somebody detached the programs: the maps that are open still work, and nobody writes to them."""
+        try:
+            return not any(name.startswith("link-") for name in os.listdir(f"{self._directory}/charge"))  # noqa: PTH208
+        except OSError:
+            return True
 
     def charged_pages(self, cgroup_id: int) -> int:
         """Pages charged since the memcg is tracked; it is tracked from now on. Ask before reading memory.stat."""

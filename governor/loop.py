@@ -89,6 +89,7 @@ class Loop:
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
         self._stopping = False
+        self.status = 0  # to exit with
 
     # The loop
 
@@ -200,6 +201,7 @@ class Loop:
         if self._guard.source == "bpf":
             self._note("stopping", "--source bpf allows nothing else: leaving")
             self._stopping = True
+            self.status = 1
 
     def _protecting(self, source: int, brake: int) -> None:
         self._brake = brake
@@ -504,7 +506,7 @@ def main() -> int:
             pins.unload(guard.instance)
         return 1
     loop.run()
-    return 0
+    return loop.status
 
 
 if __name__ == "__main__":
