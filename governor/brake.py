@@ -55,6 +55,8 @@ class KnobFile:
         if len(encoded) > _PATH_LIMIT:
             raise ValueError(f"found a cgroup path of {len(encoded)} bytes, expected at most {_PATH_LIMIT}")
         start = slot * SLOT_BYTES
+        if self.slot_path(slot) is not None:
+            _let_go_on(self.memory, start)  # of a memcg that is gone; its processes may have moved on
         self.memory[start + _SLOT.size : start + _SLOT.size + len(encoded)] = encoded
         _SLOT.pack_into(self.memory, start, _MAGIC, cgroup_id, 1, 0, 0, UNLIMITED, len(encoded))
 

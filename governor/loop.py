@@ -190,10 +190,11 @@ class Loop:
 
     def _loaded(self, ended: children.Ended) -> None:
         error = probe.parse_loaded(ended.output, ended.status).get("error")
-        if error or ended.over_deadline:
-            self._bpf_refused(error or "the loader was over its deadline")
+        directory = pins.current(self._guard.instance)
+        if error or not directory:
+            self._bpf_refused("the loader was over its deadline" if ended.over_deadline else error or "no pins")
         else:
-            self._reflex.open_pins(pins.current(self._guard.instance))
+            self._reflex.open_pins(directory)
 
     def _bpf_refused(self, reason: str) -> None:
         self._note("bpf_refused", f"no BPF: {reason}")
@@ -207,7 +208,7 @@ class Loop:
         self._brake = brake
         how = ""
         if source == poll_source.BPF and (directory := pins.current(self._guard.instance)):
-            how = f" ({pins.attached(directory)[pins.REQUIRED_MODULE]})"
+            how = f" ({pins.attached(directory).get(pins.REQUIRED_MODULE, 'detached')})"
         name = {poll_source.BPF: "BPF", poll_source.PSI: "psi and polling"}.get(source, "polling")
         self._memcg_state()  # which limit counts
         limit = self._limits.describe()
@@ -284,7 +285,8 @@ class Loop:
         fields = {"record": found._asdict(), "called_back_ns": called_back_ns}
         if found.kind == record.OOM_KILL:
             if found.cgroup_id in (0, self._memcg.cgroup_id):
-                self._note("oom_kill", f"the kernel's OOM killer chose process {found.pid}", **fields)
+                whom = f"process {found.pid}" if found.pid else "a process here or in a memcg below"
+                self._note("oom_kill", f"the kernel's OOM killer chose {whom}", **fields)
             return
         if found.cgroup_id != self._memcg.cgroup_id:
             return

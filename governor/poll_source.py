@@ -10,7 +10,7 @@ import os
 import select
 
 from governor import levels, record
-from governor.cgroup import MemoryState, pages
+from governor.cgroup import MemoryState, pages, parse_flat_keyed
 from governor.levels import Track, WorstRate
 from governor.limits import Limits
 from governor.record import HAS_MEMORY, HAS_RATE, RISING, Levels, Record
@@ -35,6 +35,7 @@ class PollSource:
         self._worst: dict[int, WorstRate] = {}
         self._held: dict[int, int] = {}  # unreclaimable bytes at the last look, by cgroup id
         self._events = False
+        self._oom_kills = 0
         self._psi_fd = -1
         self._hurry_until_ns = 0
         self.fds: list[int] = []  # on the poller: look when one of them is ready
@@ -55,6 +56,7 @@ class PollSource:
         try:
             self.fds.append(memcg.open("memory.events", os.O_RDONLY))
             self._events = True
+            self._oom_kills = self._read_events()
         except OSError:
             pass
         for trigger in _TRIGGERS:
@@ -71,11 +73,23 @@ class PollSource:
             self.fds.append(fd)
             return
 
-    def stirred(self) -> None:
-        """One of the descriptors is ready."""
-        if self._events:
-            os.pread(self.fds[0], 512, 0)  # which arms it again
+    def stirred(self, now_ns: int) -> Record | None:
+        """One of the descriptors is ready; a record when the kernel's OOM killer chose somebody meanwhile."""
         self.due_ns = 0
+        before = self._oom_kills
+        self._oom_kills = self._read_events()
+        if self._oom_kills <= before:
+            return None
+        empty = Record._make([0] * len(Record._fields))
+        return empty._replace(ktime_ns=now_ns, cgroup_id=self._limits.cgroup_id, kind=record.OOM_KILL)
+
+    def _read_events(self) -> int:
+        """The OOM killer's victims here and below, so far; reading arms the descriptor again."""
+        try:
+            data = os.pread(self.fds[0], 512, 0) if self._events else b""
+        except OSError:  # the memcg is gone
+            return 0
+        return parse_flat_keyed(data).get(b"oom_kill", 0)
 
     def hurry(self, now_ns: int) -> None:
         """Beside BPF, too, look at the usual intervals for a while: its bound, or its pid, was of no use."""

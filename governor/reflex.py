@@ -129,7 +129,7 @@ class Reflex:
         usage_bytes, max_bytes = found.usage_pages * record.PAGE_BYTES, found.max_pages * record.PAGE_BYTES
         brake_bytes = governed.levels.engage_ppm[LEVEL_BRAKE - 1] * max_bytes // PPM
         room_bytes = max(brake_bytes - usage_bytes, HIGH_MARGIN_BYTES)
-        throttled = governed.knobs.set_high(governed.limits.own_usage_bytes() + room_bytes)
+        throttled = self._throttle(governed, room_bytes)
         state = self._verify(governed)
         if state is None:  # gone, or unreadable: nothing may stay held that nobody can judge
             governed.knobs.restore()
@@ -160,6 +160,11 @@ class Reflex:
                 throttled,
             ).encode()
         )
+
+    def _throttle(self, governed: Governed, room_bytes: int) -> bool:
+        """memory.high so much above what the governed memcg uses now; False when it was left alone."""
+        usage_bytes = governed.limits.own_usage_bytes()
+        return usage_bytes > 0 and governed.knobs.set_high(usage_bytes + room_bytes)
 
     def _verify(self, governed: Governed, hear_again: bool = False) -> MemoryState | None:
         """Read memory.stat and let the kernel side start from what it says.
@@ -304,7 +309,7 @@ class Reflex:
         if state is None:
             governed.knobs.thaw()
             return
-        throttled = governed.knobs.set_high(governed.limits.own_usage_bytes() + HIGH_MARGIN_BYTES)
+        throttled = self._throttle(governed, HIGH_MARGIN_BYTES)
         if frozen:
             governed.loan.begin(now_ns)
         self._tell(link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, 0, frozen, throttled).encode())
@@ -377,7 +382,9 @@ class Reflex:
                 self._confirm_all()
             for governed in self._governed.values():
                 if any(fd in ready for fd in governed.poll.fds):
-                    governed.poll.stirred()
+                    victim = governed.poll.stirred(time.monotonic_ns())
+                    if victim and not self._bpf:  # which tells of it by itself, and of whom
+                        self._tell(link.encode_record(victim.encode(), victim.ktime_ns), may_drop=True)
             while self._unsent and link.send(self._link_fd, self._unsent[0]):
                 self._unsent.pop(0)
             if self._link_fd in ready:

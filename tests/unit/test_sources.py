@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from governor import cgroup, limits, poll_source, subtree
+from governor import cgroup, limits, poll_source, record, subtree
 from governor.brake import FREEZE, NONE, STOP, KnobFile
 from governor.limits import Limits
 from governor.poll_source import PollSource
@@ -39,9 +39,9 @@ def tree(tmp_path):
     return pod, Node(tmp_path / "pod" / "agent", 50)
 
 
-def source_of(node, with_psi=False):
+def source_of(node):
     found = Limits(cgroup.Memcg(str(node.path)))
-    return found, PollSource(found, select.poll(), with_psi, 0)
+    return found, PollSource(found, select.poll(), False, 0)
 
 
 def test_the_tightest_limit_counts(tree):
@@ -148,17 +148,34 @@ def test_max_near_in_time_is_flagged(tree):
     assert source.look(Levels(), SECOND // 50, watched=False).flags & HORIZON
 
 
-def test_a_memcg_that_is_gone_closes_what_would_be_ready_forever(tree):
+class Poller:
+    """Plain files cannot be polled for POLLPRI."""
+
+    def __init__(self):
+        self.fds = set()
+
+    def register(self, fd, _):
+        self.fds.add(fd)
+
+    def unregister(self, fd):
+        self.fds.remove(fd)
+
+
+def test_victims_of_the_oom_killer_are_told_and_a_memcg_that_is_gone_is_closed(tree):
     _, agent = tree
-    (agent.path / "memory.events").write_text("oom 0\n")
-    (agent.path / "memory.pressure").write_text("")
-    _, source = source_of(agent)
-    assert source.name == poll_source.POLL
-    source.close()
-    _, source = source_of(agent, with_psi=False)
+    events = agent.path / "memory.events"
+    events.write_text("oom 2\noom_kill 1\n")
+    poller = Poller()
+    source = PollSource(Limits(cgroup.Memcg(str(agent.path))), poller, True, 0)
+    assert source.name == poll_source.POLL  # memory.pressure is not there
+    assert poller.fds == set(source.fds) != set()
+    assert source.stirred(1) is None
+    events.write_text("oom 2\noom_kill 2\n")
+    assert source.stirred(2).kind == record.OOM_KILL
+    assert source.stirred(3) is None
     (agent.path / "memory.current").write_text("")
     assert source.look(CALM, 5, watched=False) is None
-    assert source.fds == []
+    assert poller.fds == set(source.fds) == set()
     assert source.due_ns == 5 + SECOND
 
 
@@ -343,3 +360,14 @@ def test_no_brake_where_the_agent_may_not_be_signalled(tmp_path, family, monkeyp
     assert knobs.brake == NONE
     assert not knobs.freeze()
     assert not knobs.frozen_by_us
+
+
+def test_a_slot_for_another_memcg_first_lets_go_on_who_was_stopped(tmp_path, family):
+    knobs = knobs_of(tmp_path, family.path)
+    knobs.set_agent(family.agent.pid, os.getpid())
+    assert knobs.freeze()
+    assert family.states() == ["T", "T", "S"]
+    other = tmp_path / "other"
+    other.mkdir()
+    KnobFile(str(tmp_path / "knobs")).adopt(0, str(other), 7)
+    assert family.states() == ["S", "S", "S"]
