@@ -12,9 +12,8 @@ from governor.record import HORIZON, LEVELS, PPM, RISING, Levels
 
 SECOND_NS = 1_000_000_000
 INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
-UNKNOWN_RATE_BYTES = 1_000_000_000  # per second: what is expected of a memcg that is not known yet
-LEAST_RATE_BYTES = 250_000_000  # per second: what is expected of one that never grew faster
-LEARN_NS = 300 * SECOND_NS  # a memcg is known after so long
+# Per second: a tool call may do that in a memcg that was quiet for hours, so no memcg is ever known to be slower.
+LEAST_WORST_BYTES = 1_000_000_000
 CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
 _RATE_WINDOW_NS = 4_000_000
 
@@ -37,30 +36,9 @@ def level_of(levels: Levels, ppm: int, before: int) -> int:
 
 
 def interval_ns(headroom_bytes: int, worst_rate_bytes: int) -> int:
-    """How long not to look: headroom to max / (4 x the worst rate), between 10 ms and 1 s."""
-    wait_ns = max(0, headroom_bytes) * SECOND_NS // (4 * max(1, worst_rate_bytes))
+    """How long not to look: headroom to max / (4 x the worst rate seen, 1 GB/s at least), between 10 ms and 1 s."""
+    wait_ns = max(0, headroom_bytes) * SECOND_NS // (4 * max(LEAST_WORST_BYTES, worst_rate_bytes))
     return max(INTERVAL_MIN_NS, min(INTERVAL_MAX_NS, wait_ns))
-
-
-class WorstRate:
-    """The worst growth seen of one memcg; 1 GB/s at least until it was watched for LEARN_NS, then 250 MB/s.
-
-    One quiet minute says nothing about the next tool call, and a look costs a tenth of a millisecond: hence the
-    least rate, with which a burst of four times as much is still seen in time.
-    """
-
-    def __init__(self, now_ns: int) -> None:
-        self._since_ns = now_ns
-        self._seen_bytes = 0
-
-    def learn(self, rate_bytes: int) -> None:
-        """A rate was measured."""
-        self._seen_bytes = max(self._seen_bytes, rate_bytes)
-
-    def bytes_per_second(self, now_ns: int) -> int:
-        """What to expect."""
-        known = now_ns - self._since_ns >= LEARN_NS
-        return max(self._seen_bytes, LEAST_RATE_BYTES if known else UNKNOWN_RATE_BYTES)
 
 
 class Track:
@@ -69,6 +47,7 @@ class Track:
     def __init__(self) -> None:
         self.level = 0
         self.fill_rate_bytes: int | None = None
+        self.worst_rate_bytes = 0  # ever seen
         self._near = False
         self._base_bytes: int | None = None  # growth counts from here
         self._max_bytes = 0
@@ -121,4 +100,5 @@ class Track:
         if now_ns - since_ns >= _RATE_WINDOW_NS:
             self.fill_rate_bytes = max(0, held_bytes - since_bytes) * SECOND_NS // (now_ns - since_ns)
             self._window = (now_ns, held_bytes)
+            self.worst_rate_bytes = max(self.worst_rate_bytes, self.fill_rate_bytes)
         return self.fill_rate_bytes

@@ -11,7 +11,7 @@ import select
 
 from governor import levels, record
 from governor.cgroup import MemoryState, pages, parse_flat_keyed
-from governor.levels import Track, WorstRate
+from governor.levels import Track
 from governor.limits import Limits
 from governor.record import HAS_MEMORY, HAS_RATE, RISING, Levels, Record
 
@@ -32,7 +32,6 @@ class PollSource:
         self._limits = limits
         self._poller = poller
         self._tracks: dict[int, Track] = {}
-        self._worst: dict[int, WorstRate] = {}
         self._held: dict[int, int] = {}  # unreclaimable bytes at the last look, by cgroup id
         self._events = False
         self._oom_kills = 0
@@ -127,10 +126,8 @@ class PollSource:
             grown = self._grown(memcg.cgroup_id, state.unreclaimable_bytes)
             ours = by_limit or (own_grown > 0 and 2 * own_grown >= grown)
             crossing = track.look(wanted, state.unreclaimable_bytes, state.max_bytes, now_ns, ours)
-            worst = self._worst.setdefault(memcg.cgroup_id, WorstRate(now_ns))
-            worst.learn(track.fill_rate_bytes or 0)
             room_bytes = state.max_bytes - state.unreclaimable_bytes
-            wait_ns = min(wait_ns, levels.interval_ns(room_bytes, worst.bytes_per_second(now_ns)))
+            wait_ns = min(wait_ns, levels.interval_ns(room_bytes, track.worst_rate_bytes))
             if (
                 crossing
                 and not (watched and not crossing.flags & RISING)
