@@ -352,7 +352,8 @@ class Reflex:
         if found:
             self._on_crossing(governed, found)
             self._tell(link.encode_record(found.encode(), time.monotonic_ns()), may_drop=True)
-        if self._bpf and governed.watched != governed.poll.seen_ids:  # a limit was set or lifted
+        # A limit was set or lifted, or it is the machine's, which the kernel side does not know.
+        if self._bpf and (governed.watched != governed.poll.seen_ids or governed.limits.of_machine):
             governed.wants_verify = True
 
     def _next_deadline_ns(self) -> int:
