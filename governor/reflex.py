@@ -93,6 +93,11 @@ class Reflex:
         elif found.kind == record.VERIFY:
             for governed in self._governed.values():
                 governed.wants_verify |= found.cgroup_id in governed.watched
+        elif found.kind == record.OOM_KILL and found.cgroup_id not in self._governed:
+            path = memcg_of(found.pid)  # the limit is one below or above: is the victim ours?
+            for governed in self._governed.values():
+                if is_inside(path, governed.knobs.memcg.path):
+                    data = found._replace(cgroup_id=governed.limits.cgroup_id).encode()
         self._tell(link.encode_record(data, now_ns), may_drop=True)
 
     def _whose(self, found: Record) -> Governed | None:

@@ -209,3 +209,20 @@ def test_the_limit_above_counts_where_the_growth_is_from_inside(container, guard
     is_saved(governor, agent, pod)
     assert sibling.poll() is None
     governor.stop()
+
+
+@pytest.mark.parametrize("source", ["psi", "bpf"])
+def test_a_lower_limit_of_a_tools_own_memcg_is_reported_and_not_braked(
+    container, guard, plain_guard, tmp_path, source
+):
+    pod = container(256)
+    pod.write("cgroup.subtree_control", "+memory")
+    inner = Container("tool", 32, parent=pod.path)
+    tool = inner.agent(tmp_path / "session.jsonl", "touch")
+    pod.started.append(tool)
+    governor = (plain_guard(pod, "--source", "psi") if source == "psi" else guard(pod)).ready()
+    tool.go()
+    assert tool.wait(timeout=60) == -9
+    assert "OOM killer" in governor.await_line("oom_kill")["text"]
+    assert governor.lines("braked") == []
+    governor.stop()
