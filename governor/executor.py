@@ -5,23 +5,26 @@ Whatever may take long runs in a child with a deadline. Nothing that goes wrong 
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import orjson
 
-from governor import archive, link, model, record
+from governor import archive, link, model, record, subtree
 from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
-from governor.brake import KnobFile
+from governor.brake import FREEZE, NONE, KnobFile
 from governor.cgroup import MemoryState
 from governor.children import Child, Children, Ended, fork
 from governor.codec import plain
 from governor.journal import say
+from governor.limits import Limits
 from governor.manifest import read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Policy
@@ -40,7 +43,7 @@ class Note(Protocol):
 
 @dataclass(slots=True)
 class Executor:
-    """The hands of one governed memcg. `look` reads its memory anew, `feed` hands an event to the ladder."""
+    """The hands of one governed memcg; `feed` hands an event to the ladder."""
 
     cgroup: str
     archive_directory: Path
@@ -51,9 +54,10 @@ class Executor:
     commands: Commands
     send: Callable[[bytes], bool]  # to reflex
     note: Note
-    look: Callable[[], MemoryState | None]
+    limits: Limits
     feed: Callable[[model.Event], None]
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
+    brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
@@ -80,7 +84,7 @@ class Executor:
                 self._terminate(reason, state)
             case model.Kill(reason=reason):
                 self.note("killed", f"SIGKILL: {reason}")
-                processes.kill_memcg(self.cgroup)
+                self._kill_all()
             case model.Warn(what=what, in_ns=in_ns, reason=reason):
                 soon = f"in {in_ns / SECOND:g} s" if in_ns else "now"
                 self.note("warning", f"warning: {what} {soon}: {reason}", what=what, in_ns=in_ns)
@@ -89,6 +93,10 @@ class Executor:
                 self.note("settled", f"{tier.value} freed {freed_bytes / (1 << 20):.1f} MiB: {verdict}")
             case model.NothingLeft(reason=reason):
                 self.note("nothing_left", f"NOTHING LEFT TO DO: {reason}")
+
+    def look(self) -> MemoryState | None:
+        """A fresh look at its memory, by the limit that counts; None when it is gone."""
+        return self.limits.memory_state(time.monotonic_ns())
 
     def usual_levels(self) -> None:
         """Undo throttle and raised levels."""
@@ -113,7 +121,7 @@ class Executor:
         say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
         if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(SLOT)):
-            knobs.squeeze(high_bytes)  # here: it may take long, and reflex has no time
+            knobs.squeeze(self.limits.own_high_bytes(high_bytes))  # here: it may take long, and reflex has no time
             knobs.close()
             high_bytes = 0
         self.send(link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word).encode())
@@ -213,7 +221,7 @@ class Executor:
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
-        for process in processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes):
+        for process in self._kill_bursting(max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
         pid, told = self.agent.pid, f"governor: terminated: {reason}"
@@ -228,6 +236,26 @@ class Executor:
         self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled())
 
+    def _kill_bursting(self, max_bytes: int) -> Iterator[processes.Process]:
+        if self.brake == FREEZE:
+            yield from processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes)
+            return
+        for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()):
+            process = processes.read_process(stat.pid)
+            if not process or stat.pid == self.agent.pid:
+                continue
+            bursting = process.rss_bytes > processes.BURSTING_RATIO * max_bytes
+            if bursting and subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL):
+                yield process
+
+    def _kill_all(self) -> None:
+        """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
+        if self.brake == FREEZE:
+            processes.kill_memcg(self.cgroup, self.limits.own.directory_fd)
+            return
+        for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()):
+            subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL)
+
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:
             self.note("termination_log_failed", f"the termination log cannot be written: {_why(ended)}")
@@ -236,7 +264,7 @@ class Executor:
         """What a terminated agent leaves behind has no further grace; what its handler wrote is archived."""
         if state.phase is model.Phase.TERMINATING:
             if self.policy.terminate.sweep:
-                processes.kill_memcg(self.cgroup)
+                self._kill_all()
             self._archive("after the agent's end", state)
         self._full = self._full[0], ""
 
