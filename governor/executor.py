@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,7 @@ class Executor:
     note: Note
     limits: Limits
     feed: Callable[[model.Event], None]
+    remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
@@ -250,11 +251,8 @@ class Executor:
 
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
-        if self.brake == FREEZE:
-            processes.kill_memcg(self.cgroup, self.limits.own.directory_fd)
-            return
-        for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()):
-            subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL)
+        own = (*self.remembered(), self.agent.identity)
+        processes.sweep(self.cgroup, self.brake == FREEZE, own, (), self.limits.own.directory_fd)
 
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:

@@ -118,6 +118,7 @@ class Loop:
             note=self._note,
             limits=self._limits,
             feed=self._feed,
+            remembered=lambda: self._attribution.descendants(),
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._turned_ns = time.monotonic_ns()  # the last turn of the loop
