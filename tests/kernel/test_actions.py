@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import AGENT, MIB, wait_for
 
-from governor import archive, cgroup, children
+from governor import archive, cgroup, children, subtree
 from governor.actions import commands, processes, termination_log
 from governor.attribution import Attribution
 from governor.session_files import parse_pattern
@@ -138,7 +138,7 @@ def test_tmpfs_is_put_to_whom_was_charged(container, charged, tmp_path):
         looked = Attribution(str(pod.path), leader.pid)
         looked.look(0)
         assert leader.stdout.readline() == "full\n"
-        pids = processes.memcg_pids(str(pod.path))
+        pids = subtree.memcg_pids(str(pod.path))
         writer = max(pids) if charged == "tool" else leader.pid
         grown = looked.growth(2 * SECOND, writer, SECOND)
         assert grown.culprit_pid == (writer if charged == "tool" else 0)
@@ -203,7 +203,7 @@ def test_a_burst_is_put_to_whose_it_is(container, tmp_path, burst, who):
     assert leader.stdout.readline() == "ready\n"
     looked = Attribution(str(pod.path), leader.pid)
     looked.look(time.monotonic_ns(), SECOND)
-    (burster,) = {*processes.memcg_pids(str(pod.path))} - ({leader.pid} if who == "tool" else set())
+    (burster,) = {*subtree.memcg_pids(str(pod.path))} - ({leader.pid} if who == "tool" else set())
     begin.touch()
     wait_for(lambda: int(pod.read("memory.current")) > 100 * MIB)
     pod.write("cgroup.freeze", 1)
