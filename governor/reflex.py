@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import select
 import signal
 import sys
@@ -19,10 +18,11 @@ import time
 
 from governor import link, record
 from governor.bpf_source import BpfSource
-from governor.brake import NONE, KnobFile, Knobs, Loan
+from governor.brake import NONE, KnobFile, Loan
 from governor.cgroup import MemoryState, is_inside, memcg_of
-from governor.limits import Limits
-from governor.poll_source import BPF, POLL, PollSource
+from governor.governed import Governed
+from governor.poll_source import BPF, POLL
+from governor.real_time import become_real_time
 from governor.record import LEVEL_BRAKE, PPM, Levels, Record
 
 HEARTBEAT_NS = 1_000_000_000
@@ -30,38 +30,6 @@ VERIFY_GAP_NS = 20_000_000
 CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 AFTER_LOAN_PPM = 940_000  # where a memcg whose loan was over is braked again
 HIGH_MARGIN_BYTES = 512 << 10  # memory.high under the usage would reclaim inside our write
-_REALTIME_PRIORITY = 10
-_MLOCK = 1 | 2 | 4  # MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT
-
-
-class Governed:
-    """One memcg under the brake."""
-
-    def __init__(self, slot: int, knobs: Knobs, levels: Levels, poller: select.poll, with_psi: bool) -> None:
-        self.slot = slot
-        self.knobs = knobs
-        self.limits = Limits(knobs.memcg)
-        self.poll = PollSource(self.limits, poller, with_psi, time.monotonic_ns())
-        self.loan = Loan()
-        self.epoch = time.monotonic_ns()  # differs from whatever an earlier reader wrote
-        self.verified_ns = 0
-        self.wants_verify = False
-        self.watched: set[int] = set()  # cgroup ids that BPF watches for it: its own, ancestors with a limit
-        self.suspect: tuple[Record, int] | None = None  # what froze it and when, until confirmed
-        self.last_word = False
-        self.told = (0, 0)  # source and brake, as governor knows them
-        self.set_levels(levels)
-
-    def set_levels(self, levels: Levels) -> None:
-        """The policy's levels and limit."""
-        self.base_levels = self.levels = levels
-        self.limits.chosen_bytes = levels.max_pages * record.PAGE_BYTES
-
-    def close(self) -> None:
-        """Undo every turn and free the slot."""
-        self.poll.close()
-        self.limits.close()
-        self.knobs.release()
 
 
 class Reflex:
@@ -406,24 +374,6 @@ class Reflex:
         """Undo every turn, in every memcg of the instance."""
         for told in self._knob_file.restore_all():
             sys.stderr.write(f"governor: reflex: {told}\n")
-
-
-def become_real_time() -> None:
-    """SCHED_FIFO, locked memory, spared by the OOM killer: each where the kernel lets us."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(_REALTIME_PRIORITY))
-        # A loop gone wild must not take a CPU away: after 0.2 s without sleeping, SIGXCPU makes us normal.
-        signal.signal(signal.SIGXCPU, lambda *_: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)))
-        resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, 1_000_000))
-    except OSError:
-        pass  # an ordinary container may not; the brake is slower under load, as the README says
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
-        ctypes.CDLL(None).mlockall(_MLOCK)
-    try:
-        with open("/proc/self/oom_score_adj", "w") as adjust:  # noqa: PTH123  no pathlib here
-            adjust.write("-900")
-    except OSError:
-        pass  # lowering it wants CAP_SYS_RESOURCE
 
 
 def main(arguments: list[str]) -> None:
