@@ -254,6 +254,7 @@ def doctor(
         for name, value in asdict(facts).items():
             _out(f"{name:20} {_fact(name, value)}")
         _out(f"\nsource: {verdict.source}: {verdict.reason}")
+        _out(f"brake: {verdict.brake}")
         for missing in verdict.missing:
             _out(f"  - {missing}")
     raise typer.Exit(0 if verdict.source != "none" else 1)
