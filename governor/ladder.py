@@ -168,6 +168,7 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     What was held is on probation (whoever survived has thawed it), what was asked of nobody knows whom has failed;
     the grace of an agent that was told to end goes on, if it is still the same.
     """
+    state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
     if state.phase is Phase.TERMINATING and not same_agent:
         return _agent_ended(state)
     state = replace(_disturbed(state), compact=_lost(state.compact), clear=_lost(state.clear), shed_ns=None)

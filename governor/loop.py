@@ -177,9 +177,11 @@ class Loop:
             self._on_ready(fd, wake_fd)
 
     def _interval_ns(self) -> int:
-        signals = self._policy.signals
+        signals, state = self._policy.signals, self._state
+        if state.phase is Phase.PROBATION and since(state.probation_ns, _now_ns()) > self._policy.brake.probation_ns:
+            return signals.raised_interval_ns  # full, but it has sat still for long
         raised = self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
-        return _SAMPLE_NS.get(self._state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
+        return _SAMPLE_NS.get(state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
 
     def _catch_signals(self) -> int:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
