@@ -50,6 +50,7 @@ from governor.veto import Veto
 
 _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
 _AFTER_FAULT_S = 0.1
+_HELD_BUDGET_NS = 100 * MS  # for finding out whose growth it is, while nothing grows
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
@@ -330,7 +331,7 @@ class Loop:
         text = f"braked: {how}{took} at {100 * ratio:.1f} % of {max_mib} MiB{by}"
         self._note("braked", text, **braked._asdict())
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid)
+        growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
         self._feed(model.Braked(braked.state, rate, braked.frozen, growth))
 
     # The agent
