@@ -20,7 +20,7 @@ from governor import archive, state_file
 
 COUNT = int(os.environ.get("GOVERNOR_STORM_COUNT", "0"))
 SEED = int(os.environ.get("GOVERNOR_STORM_SEED") or time.time())
-SECONDS = 45.0
+SECONDS = 40.0
 VICTIMS = ("governor", "reflex", "governor", "reflex", "both")
 
 # One episode, one compact in it: memory never stays below the release level, and nothing waives the cooldown.
@@ -137,6 +137,22 @@ def test_nothing_is_stranded_done_twice_or_forgotten(container, tmp_path, loaded
     replayed = subprocess.run(["governor", "replay", storm.governor.journal_path], capture_output=True, text=True)
     assert replayed.returncode == 0, replayed.stdout[-2000:] + replayed.stderr[-2000:]
     assert " 0 of them decided otherwise" in replayed.stderr
+
+
+def test_a_compact_that_was_under_way_is_not_delivered_again(container, tmp_path, loaded):
+    pod = container(128)
+    storm = Storm(pod, tmp_path)
+    storm.keep_agent()
+    storm.start()
+    try:
+        wait_for((tmp_path / "done").exists, what="the compact command")
+        assert not storm.governor.lines("delivered")  # it goes on for a second
+        storm.kill("governor")
+        time.sleep(3)
+        assert (tmp_path / "done").read_text().split() == ["compact"]
+        assert storm.governor.lines("begin")[-1]["state"]["compact"]["status"] == "delivered"
+    finally:
+        storm.governor.stop()
 
 
 def kill_again_and_again(storm, chance):
