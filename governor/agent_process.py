@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
+from governor import subtree
 from governor.actions import processes
 from governor.session_files import Pattern, home_of, parse_pattern
 
@@ -13,8 +14,9 @@ from governor.session_files import Pattern, home_of, parse_pattern
 class AgentProcess:
     """The agent of one memcg; pid 0 and pidfd -1 while there is none."""
 
-    def __init__(self, cgroup: str, wanted_pid: int = 0) -> None:
-        self._cgroup = cgroup
+    def __init__(self, cgroup: str, wanted_pid: int = 0, is_within: bool = False) -> None:
+        """`is_within`: governor itself is in that memcg, and not its agent."""
+        self._cgroup, self._is_within = cgroup, is_within
         self._wanted_pid = wanted_pid
         self.pid = self.start_ticks = 0
         self.pidfd = -1
@@ -24,7 +26,7 @@ class AgentProcess:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        found = processes.read_process(self._wanted_pid) if self._wanted_pid else processes.leader(self._cgroup)
+        found = processes.read_process(self._wanted_pid or self._leading_pid())
         if not found:
             self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
             return False
@@ -34,6 +36,13 @@ class AgentProcess:
             return False
         self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
         return True
+
+    def _leading_pid(self) -> int:
+        if self._is_within:
+            other = subtree.oldest_other(self._cgroup, os.getpid())
+            return other.pid if other else 0
+        leader = processes.leader(self._cgroup)
+        return leader.pid if leader else 0
 
     @property
     def identity(self) -> tuple[int, int]:

@@ -24,10 +24,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from governor.actions.processes import Process, leader, memcg_pids, read_process
+from governor.actions.processes import Process, leader, read_process
 from governor.cgroup import parse_flat_keyed
 from governor.model import Growth
 from governor.record import PAGE_BYTES
+from governor.subtree import memcg_pids
 
 BUDGET_NS = 5_000_000
 BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this old, where there is one

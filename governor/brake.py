@@ -2,7 +2,8 @@
 
 Every governed memcg has a slot in a file on tmpfs, shared by both processes. A turn is written down before it is
 made, so whoever survives (or `governor off`, or the next start) can undo exactly what governor did and nothing
-else: a memcg that somebody else froze is not thawed, a `memory.high` that somebody else set is not touched.
+else: a memcg that somebody else froze is not thawed, a `memory.high` that somebody else set is not touched. Where the
+memcg may not be frozen, the agent's own processes are stopped, each written down as well.
 Imported by the real-time process.
 """
 
@@ -14,16 +15,24 @@ import signal
 import struct
 from collections.abc import Iterator
 
-from governor.cgroup import UNLIMITED, Memcg, parse_limit
+from governor import subtree
+from governor.cgroup import UNLIMITED, Memcg, is_inside, memcg_of, parse_limit
 from governor.record import PAGE_BYTES
 
-SLOT_BYTES = 4096
+SLOT_BYTES = 16384
 SQUEEZE_S = 0.05
 _MAGIC = b"GOVKNOB1"
-# magic, cgroup id, in use, frozen by us, memory.high set by us, memory.high as we set it, length of the path
+# What holds the agent
+FREEZE, STOP, NONE = 1, 2, 3
+BRAKE_NAMES = {FREEZE: "freeze", STOP: "stop", NONE: "none"}
+# magic, cgroup id, in use, held by us (FREEZE, STOP or 0), memory.high set by us, memory.high as we set it, length of
+# the path
 _SLOT = struct.Struct("=8sQBBBxxxxxqH")
 _OFF_USED, _OFF_FROZEN, _OFF_HIGH_SET, _OFF_HIGH = 16, 17, 18, 24
-_PATH_LIMIT = SLOT_BYTES - _SLOT.size
+_OFF_STOPPED = 4096  # how many processes are stopped by us, and each one's pid and start ticks
+_STOPPED_COUNT, _STOPPED = struct.Struct("=I"), struct.Struct("=IQ")
+_STOPPED_LIMIT = (SLOT_BYTES - _OFF_STOPPED - _STOPPED_COUNT.size) // _STOPPED.size
+_PATH_LIMIT = _OFF_STOPPED - _SLOT.size
 
 
 class KnobFile:
@@ -46,6 +55,8 @@ class KnobFile:
         if len(encoded) > _PATH_LIMIT:
             raise ValueError(f"found a cgroup path of {len(encoded)} bytes, expected at most {_PATH_LIMIT}")
         start = slot * SLOT_BYTES
+        if self.slot_path(slot) is not None:
+            _let_go_on(self.memory, start)  # of a memcg that is gone; its processes may have moved on
         self.memory[start + _SLOT.size : start + _SLOT.size + len(encoded)] = encoded
         _SLOT.pack_into(self.memory, start, _MAGIC, cgroup_id, 1, 0, 0, UNLIMITED, len(encoded))
 
@@ -80,6 +91,8 @@ class KnobFile:
         """Undo every turn in the file; a line for each memcg that had one."""
         told = []
         for slot in self.slots():
+            if count := _let_go_on(self.memory, slot * SLOT_BYTES):
+                told.append(f"{self.slot_path(slot)}: {count} processes go on")
             if knobs := self.knobs(slot):
                 if undone := knobs.restore():
                     told.append(f"{knobs.memcg.path}: {', '.join(undone)}")
@@ -87,23 +100,54 @@ class KnobFile:
         return told
 
 
+def _let_go_on(memory: mmap.mmap, start: int) -> int:
+    """SIGCONT to exactly the processes that the slot names as stopped by us; how many there were."""
+    if memory[start + _OFF_FROZEN] != STOP:
+        return 0
+    at = start + _OFF_STOPPED
+    count = min(int(_STOPPED_COUNT.unpack_from(memory, at)[0]), _STOPPED_LIMIT)
+    for i in range(count):
+        pid, start_ticks = _STOPPED.unpack_from(memory, at + _STOPPED_COUNT.size + i * _STOPPED.size)
+        subtree.send(pid, start_ticks, signal.SIGCONT)
+    memory[start + _OFF_FROZEN] = 0
+    _STOPPED_COUNT.pack_into(memory, at, 0)
+    return count
+
+
 class Knobs:
-    """`cgroup.freeze` and `memory.high` of one memcg."""
+    """`cgroup.freeze` and `memory.high` of one memcg, or the SIGSTOP of the agent in it."""
 
     def __init__(self, memcg: Memcg, memory: mmap.mmap, start: int) -> None:
-        """Raises OSError where the memcg may not be frozen."""
         self.memcg = memcg
         self._memory = memory
         self._start = start
-        self._freeze_fd = memcg.open("cgroup.freeze", os.O_RDWR)
+        self._agent: tuple[int, int] | None = None
+        # Who is inside would freeze itself, and memory.high would throttle it: neither is its to turn.
+        inside = is_inside(memcg_of("self", memcg.v1), memcg.path)
+        self._freeze_fd = -1 if inside else self._open("cgroup.freeze")
+        self._high_fd = -1 if inside else self._open("memory.high")
+
+    def _open(self, name: str) -> int:
         try:
-            self._high_fd = memcg.open("memory.high", os.O_RDWR)
+            return self.memcg.open(name, os.O_RDWR)
         except OSError:
-            self._high_fd = -1
+            return -1
+
+    def set_agent(self, pid: int, governor_pid: int) -> None:
+        """Whose processes are stopped where the memcg may not be frozen; governor's own never are."""
+        self._agent = (pid, governor_pid)
+
+    @property
+    def brake(self) -> int:
+        """What can hold the agent here: FREEZE, STOP, or NONE where its processes may not be signalled either."""
+        if self._freeze_fd >= 0:
+            return FREEZE
+        stat = subtree.read_stat(self._agent[0]) if self._agent else None
+        return NONE if stat and not subtree.send(stat.pid, stat.start_ticks, 0) else STOP
 
     @property
     def frozen_by_us(self) -> bool:
-        """Whether governor froze this memcg and has not thawed it."""
+        """Whether governor froze this memcg, or stopped the agent, and has not let it go on."""
         return bool(self._memory[self._start + _OFF_FROZEN])
 
     @property
@@ -113,19 +157,23 @@ class Knobs:
 
     def frozen_by_others(self) -> bool:
         """Whether somebody else holds it frozen: then it cannot grow, and is theirs to thaw."""
+        if self._freeze_fd < 0:
+            return False
         try:
             return not self.frozen_by_us and os.pread(self._freeze_fd, 8, 0).strip() == b"1"
         except OSError:
             return False
 
     def freeze(self) -> bool:
-        """Freeze; False when somebody else has it frozen, or it cannot be frozen now."""
+        """Freeze, or stop the agent; False when somebody else has it frozen, or it cannot be held now."""
         if self.frozen_by_us:
             return True
         if self.frozen_by_others():
             return False
+        if self._freeze_fd < 0:
+            return self._stop()
         try:
-            self._memory[self._start + _OFF_FROZEN] = 1
+            self._memory[self._start + _OFF_FROZEN] = FREEZE
             os.pwrite(self._freeze_fd, b"1", 0)
         except OSError:
             self._memory[self._start + _OFF_FROZEN] = 0
@@ -136,12 +184,35 @@ class Knobs:
         """Thaw if governor froze it; False when there was nothing to thaw."""
         if not self.frozen_by_us:
             return False
+        if self._memory[self._start + _OFF_FROZEN] == STOP:
+            return _let_go_on(self._memory, self._start) > 0
         try:
             os.pwrite(self._freeze_fd, b"0", 0)
         except OSError:
             return False
         finally:
             self._memory[self._start + _OFF_FROZEN] = 0
+        return True
+
+    def _stop(self) -> bool:
+        if not self._agent:
+            return False
+        at = self._start + _OFF_STOPPED
+        _STOPPED_COUNT.pack_into(self._memory, at, 0)
+        self._memory[self._start + _OFF_FROZEN] = STOP
+        agent_pid, governor_pid = self._agent
+        if subtree.stop(agent_pid, self.memcg.path, governor_pid, self._write_down):
+            return True
+        _let_go_on(self._memory, self._start)
+        return False
+
+    def _write_down(self, pid: int, start_ticks: int) -> bool:
+        at = self._start + _OFF_STOPPED
+        count = _STOPPED_COUNT.unpack_from(self._memory, at)[0]
+        if count >= _STOPPED_LIMIT:
+            return False
+        _STOPPED.pack_into(self._memory, at + _STOPPED_COUNT.size + count * _STOPPED.size, pid, start_ticks)
+        _STOPPED_COUNT.pack_into(self._memory, at, count + 1)
         return True
 
     def squeeze(self, high_bytes: int) -> bool:
@@ -205,9 +276,9 @@ class Knobs:
 
     def close(self) -> None:
         """Close the descriptors; turns stay as they are."""
-        os.close(self._freeze_fd)
-        if self._high_fd >= 0:
-            os.close(self._high_fd)
+        for fd in (self._freeze_fd, self._high_fd):
+            if fd >= 0:
+                os.close(fd)
         self.memcg.close()
 
 

@@ -1,7 +1,7 @@
 """One memcg's files, read through descriptors that stay open, and the pure parsers of what they say.
 
-Writes nothing: `brake.py` owns the knobs. cgroup v2 only. Imported by the real-time process: named tuples, no
-pathlib. A memcg that is gone is a value (None), not an exception.
+Writes nothing: `brake.py` owns the knobs. cgroup v2, and v1 where that is all there is. Imported by the real-time
+process: named tuples, no pathlib. A memcg that is gone is a value (None), not an exception.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import NamedTuple
 from governor.record import PAGE_BYTES
 
 ROOT = "/sys/fs/cgroup"
+ROOT_V1 = "/sys/fs/cgroup/memory"
 UNLIMITED = -1
+_V1_UNLIMITED_BYTES = 1 << 60  # v1 says 2^63 rounded down to a page; no machine has a tenth of it
 _READ_BYTES = 8192
 
 
@@ -63,6 +65,54 @@ def memory_state(usage: bytes, limit: bytes, stat: bytes) -> MemoryState:
     )
 
 
+def parse_limit_v1(data: bytes) -> int:
+    """`memory.limit_in_bytes`: bytes, or UNLIMITED for its largest value; raises ValueError."""
+    found_bytes = int(data)
+    return UNLIMITED if found_bytes >= _V1_UNLIMITED_BYTES else found_bytes
+
+
+def memory_state_v1(usage: bytes, limit: bytes, stat: bytes) -> MemoryState:
+    """As memory_state, of v1's files: its `total_` figures are the hierarchical ones.
+
+    v1 counts tmpfs as file, in `total_cache`, but on the anon lists, as wanted; reclaimable slab it does not tell.
+    """
+    values = parse_flat_keyed(stat)
+    return MemoryState(
+        usage_bytes=int(usage),
+        max_bytes=parse_limit_v1(limit),
+        anon_bytes=values.get(b"total_rss", 0),
+        file_lru_bytes=values.get(b"total_inactive_file", 0) + values.get(b"total_active_file", 0),
+        slab_reclaimable_bytes=0,
+    )
+
+
+def parse_membership(data: bytes) -> dict[str, str]:
+    """`/proc/PID/cgroup`: for each v1 controller, and "" for v2, the path below the root of that hierarchy."""
+    found = {}
+    for line in data.decode(errors="surrogateescape").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path.startswith("/"):
+            for controller in controllers.split(","):
+                found[controller] = path
+    return found
+
+
+def memcg_of(pid: int | str, v1: bool = False) -> str | None:
+    """The directory of a process's memcg; None when the process is gone. `pid` may be "self"."""
+    try:
+        with open(f"/proc/{pid}/cgroup", "rb") as listed:  # noqa: PTH123  no pathlib here
+            found = parse_membership(listed.read()).get("memory" if v1 else "")
+    except OSError:
+        return None
+    return None if found is None else (ROOT_V1 if v1 else ROOT) + found.rstrip("/")
+
+
+def is_inside(path: str | None, memcg_path: str) -> bool:
+    """Whether a memcg directory is another one or lies below it."""
+    return path is not None and (path == memcg_path or path.startswith(memcg_path.rstrip("/") + "/"))
+
+
 class Memcg:
     """A memcg's files. Descriptors stay valid when the path is renamed, and say so when the memcg is gone."""
 
@@ -72,8 +122,14 @@ class Memcg:
         self.directory_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.cgroup_id = os.fstat(self.directory_fd).st_ino
         self._files: dict[str, int] = {}
+        self.v1 = False
         try:
-            for name in ("memory.current", "memory.max", "memory.stat"):
+            try:
+                self.read("memory.stat")
+                self.read("memory.current")
+            except FileNotFoundError:
+                self.v1 = True
+            for name in ("memory.usage_in_bytes", "memory.limit_in_bytes") if self.v1 else ("memory.max",):
                 self.read(name)
         except OSError:
             self.close()
@@ -100,14 +156,28 @@ class Memcg:
     def memory_state(self) -> MemoryState | None:
         """A fresh look; None when the memcg is gone or cannot be read now."""
         try:
-            return memory_state(self.read("memory.current"), self.read("memory.max"), self.read("memory.stat"))
+            stat = self.read("memory.stat")
+            if self.v1:
+                return memory_state_v1(self.read("memory.usage_in_bytes"), self.read("memory.limit_in_bytes"), stat)
+            return memory_state(self.read("memory.current"), self.read("memory.max"), stat)
         except (OSError, ValueError):
             return None
+
+    def limit_bytes(self) -> int:
+        """`memory.max` alone; UNLIMITED also when it cannot be read."""
+        try:
+            return (
+                parse_limit_v1(self.read("memory.limit_in_bytes"))
+                if self.v1
+                else parse_limit(self.read("memory.max"))
+            )
+        except (OSError, ValueError):
+            return UNLIMITED
 
     def exists(self) -> bool:
         """Whether the directory that was opened is still a live memcg."""
         try:
-            self.read("memory.current")
+            self.read("memory.usage_in_bytes" if self.v1 else "memory.current")
         except OSError:
             return False
         return True

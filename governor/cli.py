@@ -74,12 +74,17 @@ def guard(
     archive_dir: ArchiveOption = None,
     journal: Annotated[Path | None, typer.Option(help="Journal file [default: in the state directory].")] = None,
     name: Annotated[str, typer.Option("--instance", help="[default: guard-<cgroup id>]")] = "",
+    source: Annotated[
+        str, typer.Option(help="auto (the best there is), bpf, psi or poll [default: the policy's].")
+    ] = "",
 ) -> None:
     """Protect the processes of one memcg.
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
-    path = _check_target(target, pid)
+    if source not in ("", "auto", "bpf", "psi", "poll"):
+        _fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
+    path, memcg = _check_target(target, pid)
     globs = _check_globs(archive or [])
     cgroup_id = path.stat().st_ino
     name = _checked(name or f"guard-{cgroup_id}")
@@ -92,25 +97,22 @@ def guard(
         raise typer.Exit(0) from None
     _lock_instance(name)
     loaded_before = pins.current(name) is not None and not name.startswith("guard-")
-    if not pins.current(name):
-        typer.echo("governor: loading the BPF programs ...", err=True)
-        _load(name, "auto")
-    directory = pins.current(name)
     state = instance.state_directory()
     options = {
         "cgroup": str(path),
         "instance": name,
-        "pins_directory": str(directory),
         "knob_path": str(instance.knob_file(f"memcg-{cgroup_id}")),
         "archive_directory": str((archive_dir or state / "archive").absolute()),
         "journal_path": str((journal or state / f"journal-{name}.ndjson").absolute()),
         "agent_pid": pid,
         "unload_at_end": not loaded_before,
+        "source": source,
+        "bpf_refused": "" if pins.current(name) else _bpf_refused(memcg),
         "policy": policy,
         "archive_globs": globs,
         "compact_argv": compact_argv,
     }
-    typer.echo(f"governor: guarding {path} (memory.max {_mebibytes(path)})", err=True)
+    typer.echo(f"governor: guarding {path}", err=True)
     argument = orjson.dumps(options).decode()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", argument])
 
@@ -149,28 +151,34 @@ def _check_policy(policy: str, target: Path) -> str:
     return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
 
 
-def _check_target(target: str, pid: int | None) -> Path:
+def _bpf_refused(memcg: cgroup.Memcg) -> str:
+    """Why the programs are not to be loaded; "" where they are to be tried."""
+    if memcg.v1:
+        return "the programs watch memcgs of cgroup v2"
+    if cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
+        return "governor runs inside the memcg, and compiling would take 160 MiB of it"
+    verdict = probe.decide(probe.probe())
+    return "" if verdict.source == "bpf" else verdict.reason.removeprefix("no BPF: ")
+
+
+def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
     path = Path(os.path.realpath(target))
     root = Path(cgroup.ROOT)
-    if not (path / "memory.max").exists():
+    try:
+        memcg = cgroup.Memcg(str(path))
+    except OSError:
         _fail(
-            f"found no memcg at {target}, expected a directory below {root} with a memory.max (cgroup v2, memory "
-            "controller on); governor doctor shows what this machine has",
+            f"found no memcg at {target} that may be read, expected a directory below {root} with a memory.max, or "
+            "memory.limit_in_bytes of cgroup v1; governor doctor shows what this machine has",
             2,
         )
-    own = root / Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    if own.is_relative_to(path):
-        _fail(f"governor itself runs in {path}; start it outside the memcg that it protects", 2)
-    if (path / "memory.max").read_text().strip() == "max":
-        _fail(f"{path} has no memory.max, so nothing there can run out; set one, then guard it", 2)
     if pid is not None:
-        inside = Path(f"/proc/{pid}/cgroup")
-        if not inside.exists():
+        where = cgroup.memcg_of(pid, memcg.v1)
+        if where is None:
             _fail(f"found no process {pid}", 2)
-        where = root / inside.read_text().strip().rpartition("::")[2].lstrip("/")
-        if not where.is_relative_to(path):
+        if not cgroup.is_inside(where, str(path)):
             _fail(f"process {pid} is in {where}, expected it in {path}", 2)
-    return path
+    return path, memcg
 
 
 def _check_globs(globs: list[str]) -> list[str]:
@@ -182,10 +190,6 @@ def _check_globs(globs: list[str]) -> list[str]:
         except ValueError as error:
             _fail(str(error), 2)
     return globs
-
-
-def _mebibytes(path: Path) -> str:
-    return f"{int((path / 'memory.max').read_text()) / (1 << 20):g} MiB"
 
 
 def _checked(name: str) -> str:
@@ -250,6 +254,7 @@ def doctor(
         for name, value in asdict(facts).items():
             _out(f"{name:20} {_fact(name, value)}")
         _out(f"\nsource: {verdict.source}: {verdict.reason}")
+        _out(f"brake: {verdict.brake}")
         for missing in verdict.missing:
             _out(f"  - {missing}")
     raise typer.Exit(0 if verdict.source != "none" else 1)
@@ -386,7 +391,7 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
             _out(orjson.dumps(manifest).decode())
         else:
             size_bytes = sum(entry.size_bytes for entry in manifest.files)
-            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {manifest.reason}")
+            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {printable(manifest.reason)}")
 
 
 @archive_app.command("verify")

@@ -5,27 +5,33 @@ Whatever may take long runs in a child with a deadline. Nothing that goes wrong 
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import orjson
 
-from governor import archive, link, model, record
-from governor.actions import processes
+from governor import archive, link, model, record, subtree
+from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
-from governor.brake import KnobFile
+from governor.brake import FREEZE, NONE, KnobFile
 from governor.cgroup import MemoryState
 from governor.children import Child, Children, Ended, fork
 from governor.codec import plain
 from governor.journal import say
+from governor.limits import Limits
+from governor.manifest import read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Policy
+from governor.session_files import CREDENTIALS
 
 SLOT = 0
+_TERMINATION_LOG_NS = 2 * SECOND
 
 
 class Note(Protocol):
@@ -37,7 +43,7 @@ class Note(Protocol):
 
 @dataclass(slots=True)
 class Executor:
-    """The hands of one governed memcg. `look` reads its memory anew, `feed` hands an event to the ladder."""
+    """The hands of one governed memcg; `feed` hands an event to the ladder."""
 
     cgroup: str
     archive_directory: Path
@@ -48,8 +54,12 @@ class Executor:
     commands: Commands
     send: Callable[[bytes], bool]  # to reflex
     note: Note
-    look: Callable[[], MemoryState | None]
+    limits: Limits
     feed: Callable[[model.Event], None]
+    remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
+    fallbacks: list[Path]  # for archives, where the directory is full or read-only
+    brake: int = NONE  # what reflex can do to it, and with it who may be killed
+    _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
         """Begin it; what takes time reports later. In a dry run only say what would be done."""
@@ -75,7 +85,7 @@ class Executor:
                 self._terminate(reason, state)
             case model.Kill(reason=reason):
                 self.note("killed", f"SIGKILL: {reason}")
-                processes.kill_memcg(self.cgroup)
+                self._kill_all()
             case model.Warn(what=what, in_ns=in_ns, reason=reason):
                 soon = f"in {in_ns / SECOND:g} s" if in_ns else "now"
                 self.note("warning", f"warning: {what} {soon}: {reason}", what=what, in_ns=in_ns)
@@ -84,6 +94,10 @@ class Executor:
                 self.note("settled", f"{tier.value} freed {freed_bytes / (1 << 20):.1f} MiB: {verdict}")
             case model.NothingLeft(reason=reason):
                 self.note("nothing_left", f"NOTHING LEFT TO DO: {reason}")
+
+    def look(self) -> MemoryState | None:
+        """A fresh look at its memory, by the limit that counts; None when it is gone."""
+        return self.limits.memory_state(time.monotonic_ns())
 
     def usual_levels(self) -> None:
         """Undo throttle and raised levels."""
@@ -108,7 +122,7 @@ class Executor:
         say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
         if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(SLOT)):
-            knobs.squeeze(high_bytes)  # here: it may take long, and reflex has no time
+            knobs.squeeze(self.limits.own_high_bytes(high_bytes))  # here: it may take long, and reflex has no time
             knobs.close()
             high_bytes = 0
         self.send(link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word).encode())
@@ -153,13 +167,31 @@ class Executor:
     # Tier 3
 
     def _archive(self, reason: str, state: model.State) -> None:
-        policy, agent_pid = self.policy.archive, self.agent.pid
-        patterns = self.agent.patterns(policy.globs)
-        facts = {"agent_pid": agent_pid, "ladder": plain(state)}
+        """In full, or what has changed since the full one of this agent."""
+        policy, agent = self.policy.archive, self.agent
+        patterns = agent.patterns(policy.globs)
+        facts = {"agent_pid": agent.pid, "ladder": plain(state)}
+        place, base = self._full
+        exclude = (*CREDENTIALS, *policy.exclude)
 
         def work() -> bytes:
-            made = archive.write(self.archive_directory, patterns, reason, self.cgroup, facts, policy.limit_bytes)
-            return orjson.dumps({"name": made.name, "files": len(made.files), "skipped": len(made.skipped)})
+            since = read_manifest(place, base) if base else None
+            made = archive.write(
+                self.archive_directory,
+                patterns,
+                reason,
+                self.cgroup,
+                facts,
+                policy.limit_bytes,
+                exclude=exclude,
+                since=since,
+                fallbacks=self.fallbacks,
+            )
+            fallback = made.facts.get("fallback", {})
+            directory = Path(fallback.get("directory", self.archive_directory))
+            pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
+            told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": pruned}
+            return orjson.dumps(told | {"files": len(made.files), "skipped": len(made.skipped)} | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
@@ -167,10 +199,15 @@ class Executor:
     def _archived(self, ended: Ended) -> None:
         if ended.ok:
             made = orjson.loads(ended.output)
-            self.note("archived", f"archived {made['files']} session files as {made['name']}", **made)
-            if not made["files"]:
+            what = "changed session files" if made["base"] else "session files"
+            where = f" in {made['directory']} ({made['refused']})" if "refused" in made else ""
+            self.note("archived", f"archived {made['files']} {what} as {made['name']}{where}", **made)
+            if not made["files"] and not made["base"]:
                 say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
+            if not made["base"]:
+                self._full = Path(made["directory"]), made["name"]
         else:
+            self._full = self._full[0], ""
             self.note("archive_failed", f"archive failed: {_why(ended)}", status=ended.status)
         self.feed(model.Archived(ended.ok, self.look()))
 
@@ -185,18 +222,49 @@ class Executor:
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
-        for process in processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes):
+        for process in self._kill_bursting(max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
+        pid, told = self.agent.pid, f"governor: terminated: {reason}"
+
+        def tell() -> bytes:
+            return b"written" if termination_log.write(told, pid) else b""
+
+        deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
+        self.start(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
         sent = self.agent.ask_to_end()
-        told = f"SIGTERM to the agent (process {self.agent.pid})" if sent else "the agent is not known"
-        self.note("terminating", f"{told}: {reason}", sent=sent)
+        whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
+        self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled())
 
-    def agent_ended(self, was: model.Phase) -> None:
-        """What a terminated agent leaves behind has no further grace."""
-        if was is model.Phase.TERMINATING and self.policy.terminate.sweep:
-            processes.kill_memcg(self.cgroup)
+    def _kill_bursting(self, max_bytes: int) -> Iterator[processes.Process]:
+        if self.brake == FREEZE:
+            yield from processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes)
+            return
+        for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()):
+            process = processes.read_process(stat.pid)
+            if not process or stat.pid == self.agent.pid:
+                continue
+            bursting = process.rss_bytes > processes.BURSTING_RATIO * max_bytes
+            if bursting and subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL):
+                yield process
+
+    def _kill_all(self) -> None:
+        """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
+        own = (*self.remembered(), self.agent.identity)
+        processes.sweep(self.cgroup, self.brake == FREEZE, own, (), self.limits.own.directory_fd)
+
+    def _termination_log_ended(self, ended: Ended) -> None:
+        if not ended.ok:
+            self.note("termination_log_failed", f"the termination log cannot be written: {_why(ended)}")
+
+    def agent_ended(self, state: model.State) -> None:
+        """What a terminated agent leaves behind has no further grace; what its handler wrote is archived."""
+        if state.phase is model.Phase.TERMINATING:
+            if self.policy.terminate.sweep:
+                self._kill_all()
+            self._archive("after the agent's end", state)
+        self._full = self._full[0], ""
 
     def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
         """Look after a child that `make` makes; one that cannot be made has failed like any other."""

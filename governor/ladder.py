@@ -169,6 +169,7 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed. The
     grace of an agent that was told to end goes on, if it is still the same.
     """
+    state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
     if state.phase is Phase.TERMINATING and not same_agent:
         return _agent_ended(state)
     state = _disturbed(state)
@@ -231,8 +232,9 @@ def _shed(held: Braked, policy: Policy) -> Shed | None:
     growth = held.growth
     if growth is None or not growth.culprit_pid or not policy.shed.enabled:
         return None
-    enough = growth.grown_bytes >= policy.shed.grown_ratio * held.state.max_bytes
-    if not enough or growth.agent_grown_bytes * _OWN_SHARE > growth.grown_bytes:
+    by_tools_bytes = growth.others_grown_bytes  # of eight that burst together, one is shed at a time
+    enough = by_tools_bytes >= policy.shed.grown_ratio * held.state.max_bytes
+    if not enough or not growth.grown_bytes or growth.agent_grown_bytes * _OWN_SHARE > by_tools_bytes:
         return None
     grown_mib = growth.grown_bytes >> 20
     reason = f"{growth.culprit_comm} (process {growth.culprit_pid}) grew by {grown_mib} MiB, the agent did not"
@@ -250,6 +252,8 @@ def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy
     why = "it did not end by itself" if state.must_terminate else "no room to let it run on"
     if forbidden := _forbidden(state, now_ns, policy):
         state, thaw = _probation(state, memory, now_ns, policy, forbidden)
+        if since(state.told_ns, now_ns) < MINUTE:
+            return state, thaw
         told = NothingLeft(f"{why}, at {_percent(memory)} of max; {forbidden}")
         return replace(state, told_ns=now_ns), (*thaw, told)
     state = replace(state, phase=Phase.TERMINATING, terminated_ns=now_ns, killed=False)
@@ -263,7 +267,9 @@ def _probation(state: State, memory: MemoryState, now_ns: int, policy: Policy, r
         brake_ratio = max(brake_ratio, min(_HIGHEST_RATIO, ratio + (max(last_ratio, ratio + 0.01) - ratio) / 3))
     queued = state.compact.status is Status.QUEUED  # a throttled agent could not compact
     high_bytes = None if queued or not policy.brake.throttle else int(brake_ratio * memory.max_bytes)
-    thaw = Thaw(int(brake_ratio * PPM), high_bytes, False, f"probation: {reason}")
+    # Where nothing may follow, a brake at every step would only be noise: once more, just before max.
+    brake_at = _HIGHEST_RATIO if _forbidden(state, now_ns, policy) and state.must_terminate else brake_ratio
+    thaw = Thaw(int(brake_at * PPM), high_bytes, False, f"probation: {reason}")
     return _running(state, Phase.PROBATION, now_ns), (thaw,)
 
 
@@ -412,7 +418,7 @@ def _climb(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> St
     clear, told = tiers.judged(Tier.CLEAR, state.clear, policy.clear, memory, now_ns)
     if told:
         return replace(state, clear=clear), told
-    for tier in (_end, _compact, _clear):
+    for tier in (_end, _clear, _compact):
         state, instructions = tier(state, memory, now_ns, policy)
         if instructions:
             return state, instructions
@@ -451,10 +457,9 @@ def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step
 
 
 def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
-    ratio = memory.unreclaimable_ratio
-    if _vetoed(state, now_ns) or not tiers.is_due(
-        state.compact, policy.compact, ratio, policy.terminate.engage_ratio, now_ns
-    ):
+    ratio, end_ratio = memory.unreclaimable_ratio, policy.terminate.engage_ratio
+    due = tiers.is_due(state.compact, policy.compact, ratio, end_ratio, now_ns)
+    if not due or _vetoed(state, now_ns) or state.clear.warned_ns is not None:
         return replace(state, compact=replace(state.compact, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use"
     compact, instructions = tiers.begun(Tier.COMPACT, state.compact, policy.compact, memory, now_ns, reason)

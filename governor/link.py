@@ -16,9 +16,9 @@ from governor.record import LEVELS, RECORD_BYTES, Levels, Record, decode
 MESSAGE_BYTES = 512
 
 # governor to reflex
-ADOPT, DROP, BRAKE, THAW, PROLONG, SET_LEVELS = 1, 2, 3, 4, 5, 6
+ADOPT, DROP, BRAKE, THAW, PROLONG, SET_LEVELS, AGENT, OPEN_PINS = 1, 2, 3, 4, 5, 6, 7, 8
 # reflex to governor
-RECORD, BRAKED, THAWED, ALIVE, ADOPTED = 16, 17, 18, 19, 20
+RECORD, BRAKED, THAWED, ALIVE, ADOPTED, SOURCE, REFUSED = 16, 17, 18, 19, 20, 21, 22
 
 # Why a memcg was thawed
 FALSE_ALARM, LOAN_OVER, ASKED = 1, 2, 3
@@ -31,7 +31,8 @@ _RECORD_HEAD = struct.Struct("=BQ")
 _BRAKED = struct.Struct("=BIQQqqqqqqQBB")
 _THAWED = struct.Struct("=BIQB")
 _ALIVE = struct.Struct("=BQQ")
-_ADOPTED = struct.Struct("=BI?")
+_ADOPTED = struct.Struct("=BI?BB")
+_SOURCE = struct.Struct("=BIBB")
 
 
 class Thaw(NamedTuple):
@@ -106,10 +107,34 @@ class Adopted(NamedTuple):
 
     slot: int
     ok: bool
+    source: int  # poll_source.POLL, PSI or BPF
+    brake: int  # brake.FREEZE, STOP or NONE
 
     def encode(self) -> bytes:
         """The datagram."""
         return _ADOPTED.pack(ADOPTED, *self)
+
+
+class Source(NamedTuple):
+    """From now on crossings of a slot come from another source, or something else can hold it."""
+
+    slot: int
+    source: int
+    brake: int
+
+    def encode(self) -> bytes:
+        """The datagram."""
+        return _SOURCE.pack(SOURCE, *self)
+
+
+class Refused(NamedTuple):
+    """Why the BPF programs are not, or no longer, the source."""
+
+    reason: str
+
+    def encode(self) -> bytes:
+        """The datagram."""
+        return bytes([REFUSED]) + self.reason.encode(errors="replace")[: MESSAGE_BYTES - 1]
 
 
 class Heard(NamedTuple):
@@ -119,7 +144,7 @@ class Heard(NamedTuple):
     called_back_ns: int
 
 
-FromReflex = Heard | Braked | Thawed | Alive | Adopted
+FromReflex = Heard | Braked | Thawed | Alive | Adopted | Source | Refused
 
 
 def encode_levels(kind: int, slot: int, levels: Levels) -> bytes:
@@ -144,14 +169,24 @@ def decode_levels(data: bytes) -> tuple[int, Levels]:
 
 
 def encode_slot(kind: int, slot: int, ns: int = 0) -> bytes:
-    """DROP, BRAKE, or PROLONG with its deadline."""
+    """DROP, BRAKE, PROLONG with its deadline, or AGENT with its pid, 0 for none."""
     return _SLOT_AND_NS.pack(kind, slot, ns)
 
 
 def decode_slot(data: bytes) -> tuple[int, int]:
-    """The slot and deadline of DROP, BRAKE or PROLONG."""
+    """The slot of DROP, BRAKE, PROLONG or AGENT, and the deadline or pid."""
     _, slot, ns = _SLOT_AND_NS.unpack(data)
     return slot, ns
+
+
+def encode_pins(directory: str) -> bytes:
+    """OPEN_PINS: the directory where an instance's programs are pinned."""
+    return bytes([OPEN_PINS]) + directory.encode()
+
+
+def decode_pins(data: bytes) -> str:
+    """The directory of OPEN_PINS."""
+    return data[1:].decode()
 
 
 def decode_thaw(data: bytes) -> Thaw:
@@ -178,7 +213,11 @@ def decode_from_reflex(data: bytes) -> FromReflex:
         return Alive._make(_ALIVE.unpack(data)[1:])
     if kind == ADOPTED and len(data) == _ADOPTED.size:
         return Adopted._make(_ADOPTED.unpack(data)[1:])
-    raise ValueError(f"found a message of kind {kind} and {len(data)} bytes from reflex, expected 16 to 20")
+    if kind == SOURCE and len(data) == _SOURCE.size:
+        return Source._make(_SOURCE.unpack(data)[1:])
+    if kind == REFUSED:
+        return Refused(data[1:].decode(errors="replace"))
+    raise ValueError(f"found a message of kind {kind} and {len(data)} bytes from reflex, expected 16 to 22")
 
 
 def receive(fd: int) -> bytes | None:

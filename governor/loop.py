@@ -19,17 +19,31 @@ from pathlib import Path
 
 import orjson
 
-from governor import children, ladder, link, model, pins, policy, policy_file, record, state_file
+from governor import (
+    children,
+    instance,
+    ladder,
+    link,
+    model,
+    pins,
+    policy,
+    policy_file,
+    poll_source,
+    record,
+    state_file,
+)
 from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
 from governor.attribution import Attribution
-from governor.brake import KnobFile
-from governor.cgroup import Memcg, MemoryState
+from governor.brake import BRAKE_NAMES, FREEZE, KnobFile
+from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.codec import plain
 from governor.executor import SLOT, Executor
 from governor.journal import Journal, say
+from governor.limits import Limits
 from governor.model import Phase
-from governor.policy import MS, SECOND, Policy
+from governor.policy import MS, SECOND, Policy, Source
+from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
 from governor.tiers import since
 from governor.veto import Veto
@@ -46,12 +60,13 @@ class Guard:
 
     cgroup: str
     instance: str
-    pins_directory: str
     knob_path: str
     archive_directory: str
     journal_path: str
     agent_pid: int | None = None
     unload_at_end: bool = True
+    source: str = ""  # "": as the policy says
+    bpf_refused: str = ""  # why the programs are not to be loaded
     policy: str = "default"  # a preset's name or a file's path
     archive_globs: list[str] = field(default_factory=list)  # these two replace what the policy says
     compact_argv: list[str] = field(default_factory=list)
@@ -64,6 +79,8 @@ def read_policy(guard: Guard) -> Policy:
         wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
     if guard.compact_argv:
         wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
+    if guard.source:
+        wanted = replace(wanted, signals=replace(wanted.signals, source=Source(guard.source)))
     return wanted
 
 
@@ -75,18 +92,23 @@ class Loop:
         self._guard = guard
         self._policy = read_policy(guard)
         self._memcg = Memcg(guard.cgroup)
+        self._limits = Limits(self._memcg)
         self._state_path = state_file.path_for(guard.cgroup)
         self._state = model.State()
         self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         self._knob_file = KnobFile(guard.knob_path)
-        self._reflex = ReflexProcess(Path(guard.pins_directory), Path(guard.knob_path))
+        source = self._policy.signals.source
+        self._reflex = ReflexProcess(pins.current(guard.instance), Path(guard.knob_path), source.value)
+        self._programs = Programs(guard.instance, source, guard.bpf_refused, self._reflex, self._note)
         self._poller = select.poll()
-        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0)
+        is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
+        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within)
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
+        archives = Path(guard.archive_directory)
         self._executor = Executor(
             cgroup=guard.cgroup,
-            archive_directory=Path(guard.archive_directory),
+            archive_directory=archives,
             policy=self._policy,
             agent=self._agent,
             knob_file=self._knob_file,
@@ -94,21 +116,24 @@ class Loop:
             commands=Commands(),
             send=self._reflex.send,
             note=self._note,
-            look=self._memcg.memory_state,
+            limits=self._limits,
             feed=self._feed,
+            remembered=lambda: self._attribution.descendants(),
+            fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
+        self._turned_ns = time.monotonic_ns()  # the last turn of the loop
         self._sampled_ns = 0
         self._last: MemoryState | None = None
         self._last_ns = 0
         self._sampled_rate: int | None = None  # bytes per second between the last two samples
         self._journaled_ns: int | None = None
         self._journaled_ratio = 0.0
-        self._programs_gone = False
         self._save_failed = self._unreadable = False
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
         self._stopping = False
+        self.status = 0  # to exit with
 
     # The loop
 
@@ -125,6 +150,8 @@ class Loop:
         self._remember()
         self._journal.begin()
         try:
+            self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
+            self._programs.load(self._executor.start)
             while not self._stopping:
                 try:
                     self._once(wake_fd)
@@ -139,6 +166,9 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self._find_agent()
+        if self._state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
+            self._executor.children.prolong(now_ns - self._turned_ns)
+        self._turned_ns = now_ns
         self._executor.children.check_deadlines(now_ns)
         if now_ns - self._sampled_ns >= self._interval_ns():
             self._sample(now_ns)
@@ -147,9 +177,11 @@ class Loop:
             self._on_ready(fd, wake_fd)
 
     def _interval_ns(self) -> int:
-        signals = self._policy.signals
+        signals, state = self._policy.signals, self._state
+        if state.phase is Phase.PROBATION and since(state.probation_ns, _now_ns()) > self._policy.brake.probation_ns:
+            return signals.raised_interval_ns  # full, but it has sat still for long
         raised = self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
-        return _SAMPLE_NS.get(self._state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
+        return _SAMPLE_NS.get(state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
 
     def _catch_signals(self) -> int:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -207,6 +239,7 @@ class Loop:
         if self._reflex.start(now_ns):
             self._poller.register(self._reflex.fd, select.POLLIN)
             self._reflex.send(link.encode_levels(link.ADOPT, SLOT, policy.levels(self._policy)))
+            self._reflex.send(link.encode_slot(link.AGENT, SLOT, self._agent.pid))
             self._note("reflex_started", f"reflex runs as process {self._reflex.pid}", pid=self._reflex.pid)
 
     def _reflex_gone(self) -> None:
@@ -237,23 +270,37 @@ class Loop:
                 self._note("thawed", f"thawed: {link.THAW_REASONS[reason]}", at_ns=at_ns)
                 if reason != link.ASKED:
                     self._feed(model.Thawed())
-            case link.Adopted(ok=True):
-                how = pins.attached(Path(self._guard.pins_directory))[pins.REQUIRED_MODULE]
-                self._note("protecting", f"protecting: BPF ({how}) tells of every crossing")
+            case link.Adopted(ok=True, source=source, brake=brake):
+                self._protecting(source, brake)
                 self._executor.usual_levels()  # and undo what an earlier run left
             case link.Adopted(ok=False):
-                self._note("unprotected", "reflex cannot watch or freeze this memcg: only sampling is left")
+                self._note("unprotected", "reflex cannot watch this memcg: only sampling is left")
+            case link.Source(source=source, brake=brake):
+                self._protecting(source, brake)
+            case link.Refused(reason=reason):
+                self._programs.refused(reason)
+            case link.Alive() if self._policy.signals.source is Source.BPF and self._programs.lost:
+                self._note("stopping", "source bpf allows nothing else: leaving")
+                self._stopping, self.status = True, 1
             case link.Alive(dropped=dropped) if dropped > self._dropped:
                 self._note("dropped", f"the kernel lost {dropped - self._dropped} records: looking again")
                 self._dropped = dropped
                 self._sample(time.monotonic_ns())
+
+    def _protecting(self, source: int, brake: int) -> None:
+        self._executor.brake = brake
+        self._executor.look()  # which limit counts
+        limit = self._limits.describe()
+        text = f"protecting: {self._programs.source_name(source)}; brake: {BRAKE_NAMES[brake]}; limit: {limit}"
+        self._note("protecting", text, source=poll_source.NAMES[source], brake=BRAKE_NAMES[brake], limit=limit)
 
     def _on_record(self, found: record.Record, called_back_ns: int) -> None:
         latency_ms = (called_back_ns - found.ktime_ns) / MS
         fields = {"record": found._asdict(), "called_back_ns": called_back_ns}
         if found.kind == record.OOM_KILL:
             if found.cgroup_id in (0, self._memcg.cgroup_id):
-                self._note("oom_kill", f"the kernel's OOM killer chose process {found.pid}", **fields)
+                whom = f"process {found.pid}" if found.pid else "a process here or in a memcg below"
+                self._note("oom_kill", f"the kernel's OOM killer chose {whom}", **fields)
             return
         if found.cgroup_id != self._memcg.cgroup_id:
             return
@@ -275,13 +322,13 @@ class Loop:
         took = (
             f" {(braked.frozen_ns - braked.crossed_ns) / MS:.2f} ms after the crossing" if braked.crossed_ns else ""
         )
-        how = "frozen" if braked.frozen else "cannot be frozen"
-        self._note(
-            "braked",
-            f"braked: {how}{took} at {100 * braked.state.unreclaimable_ratio:.1f} % of "
-            f"{braked.state.max_bytes >> 20} MiB, charged by process {braked.charging_pid}",
-            **braked._asdict(),
-        )
+        how = "cannot be held"
+        if braked.frozen:
+            how = "frozen" if self._executor.brake == FREEZE else "stopped"
+        by = f", charged by process {braked.charging_pid}" if braked.charging_pid else ""
+        ratio, max_mib = braked.state.unreclaimable_ratio, braked.state.max_bytes >> 20
+        text = f"braked: {how}{took} at {100 * ratio:.1f} % of {max_mib} MiB{by}"
+        self._note("braked", text, **braked._asdict())
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
         growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid)
         self._feed(model.Braked(braked.state, rate, braked.frozen, growth))
@@ -293,15 +340,17 @@ class Loop:
             return
         self._poller.register(self._agent.pidfd, select.POLLIN)
         self._attribution = Attribution(self._guard.cgroup, self._agent.pid)
+        self._reflex.send(link.encode_slot(link.AGENT, SLOT, self._agent.pid))
         pid, globs = self._agent.pid, self._policy.archive.globs
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
 
     def _agent_ended(self) -> None:
         self._poller.unregister(self._agent.pidfd)
-        pid, was = self._agent.pid, self._state.phase
+        pid, phase = self._agent.pid, self._state.phase
+        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=phase.value)
+        self._executor.agent_ended(self._state)
         self._agent.forget()
-        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=was.value)
-        self._executor.agent_ended(was)
+        self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
         self._feed(model.AgentEnded())
 
     # The ladder
@@ -317,7 +366,7 @@ class Loop:
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
-        state = self._memcg.memory_state()
+        state = self._limits.memory_state(now_ns)
         if state is None:
             if not self._memcg.exists():
                 self._note("memcg_gone", "the memcg is gone: leaving")
@@ -337,16 +386,11 @@ class Loop:
         if (for_ns := self._veto.changed()) is not None:
             self._note("veto", f"nothing but the brake for {for_ns / SECOND:g} s" if for_ns else "the veto is over")
             self._feed(model.Vetoed(for_ns))
-        if not self._programs_gone and not Path(self._guard.pins_directory).is_dir():
-            self._programs_gone = True
-            self._note("unprotected", "somebody unloaded the BPF programs: only sampling is left; start me again")
         self._feed(model.Sampled(state, _now_ns()))
 
     def _feed(self, event: model.Event) -> None:
         before, now_ns = self._state, _now_ns()
         self._state, instructions = ladder.step(before, event, now_ns, self._policy)
-        if before.phase is Phase.HELD and self._state.phase is not Phase.HELD and before.held_ns is not None:
-            self._executor.children.prolong(now_ns - before.held_ns)
         if self._state != before or instructions or self._worth_a_line(event, now_ns):
             self._journal.write(
                 "step",
@@ -410,7 +454,7 @@ def main() -> int:
             pins.unload(guard.instance)
         return 1
     loop.run()
-    return 0
+    return loop.status
 
 
 if __name__ == "__main__":

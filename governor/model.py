@@ -52,7 +52,7 @@ class Growth:
 
     `culprit_pid` is the root of the tree that grew most; where that has ended, the tree's largest process. It is 0
     when the growth is the agent's own or nobody can be named. `members` are the tree's living processes, by pid and
-    start in clock ticks.
+    start in clock ticks. Where nobody was seen to grow it is the tree that was charged last: a hint, no more.
     """
 
     culprit_pid: int

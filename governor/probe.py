@@ -18,7 +18,9 @@ from pathlib import Path
 
 from governor import bpflib, cgroup, pins
 
-_LOAD_TIMEOUT_S = 300
+LOAD_TIMEOUT_S = 300
+_NO_CGROUP2 = "cgroup v2 is not mounted at /sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1"
+_NO_CONTROLLER = "the memory controller is off: remove cgroup_disable=memory from the kernel's command line"
 _CAP_SYS_ADMIN, _CAP_SYS_NICE, _CAP_BPF, _CAP_PERFMON = 21, 23, 39, 38
 
 
@@ -28,6 +30,7 @@ class Facts:
 
     kernel: str
     cgroup2: bool  # unified hierarchy at /sys/fs/cgroup
+    cgroup1_memory: bool  # the memory controller of cgroup v1
     memory_controller: bool
     cgroup_writable: bool
     freezer: bool | None  # cgroup.freeze, 5.2; None: no memcg to look at
@@ -48,9 +51,10 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The source that governor would use, why, and what to do for a better one."""
+    """The source and brake that governor would use, why, and what to do for better ones."""
 
-    source: str  # "bpf" or "none"
+    source: str  # "bpf", "psi", "poll" or "none"
+    brake: str  # "freeze", "stop" or "none"
     reason: str
     missing: list[str]
 
@@ -65,6 +69,7 @@ def probe() -> Facts:
     return Facts(
         kernel=platform.release(),
         cgroup2=(root / "cgroup.controllers").exists(),
+        cgroup1_memory=Path(cgroup.ROOT_V1, "memory.limit_in_bytes").exists(),
         memory_controller="memory" in _read(root / "cgroup.controllers").split(),
         cgroup_writable=os.access(root / "cgroup.procs", os.W_OK),
         freezer=(example / "cgroup.freeze").exists() if example else None,
@@ -84,14 +89,42 @@ def probe() -> Facts:
 
 
 def decide(facts: Facts) -> Verdict:
-    """Which source these facts allow."""
+    """Which source and which brake these facts allow, for a memcg that governor itself is not in."""
+    missing = _missing_for_bpf(facts)
+    freezes = facts.cgroup2 and facts.memory_controller and facts.freezer is not False and facts.cgroup_writable
+    brake = "freeze" if freezes else "stop"
+    lacks = [] if freezes else [_missing_for_freeze(facts)]
+    if not missing:
+        how = facts.loaded.get(pins.REQUIRED_MODULE)
+        optional = [f"{name}: {why}" for name, why in facts.loaded.items() if why.startswith("unavailable")]
+        reason = f"the charge programs attach by {how}" if how else "everything that BPF needs is there (not tried)"
+        return Verdict("bpf", brake, reason, optional + lacks)
+    lacks += [line for line in missing if line not in lacks]
+    if facts.cgroup2 and facts.memory_controller:
+        if facts.psi and facts.cgroup_writable:
+            return Verdict("psi", brake, f"no BPF: {missing[0]}", lacks)
+        return Verdict("poll", brake, f"no BPF: {missing[0]}; PSI triggers need PSI and a writable cgroup", lacks)
+    if facts.cgroup1_memory:
+        return Verdict("poll", brake, "cgroup v1 is read and polled, never frozen", lacks)
+    return Verdict("none", "none", missing[0], lacks)
+
+
+def _missing_for_freeze(facts: Facts) -> str:
+    if not facts.cgroup2:
+        return _NO_CGROUP2
+    if not facts.memory_controller:
+        return _NO_CONTROLLER
+    if facts.freezer is False:
+        return "memcgs cannot be frozen: needs cgroup.freeze (Linux 5.2)"
+    return f"{cgroup.ROOT} is not writable: freezing needs root or a delegated memcg; the agent is stopped instead"
+
+
+def _missing_for_bpf(facts: Facts) -> list[str]:
     missing: list[str] = []
     if not facts.cgroup2:
-        missing.append("cgroup v2 is not mounted at /sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1")
+        missing.append(_NO_CGROUP2)
     elif not facts.memory_controller:
-        missing.append("the memory controller is off: remove cgroup_disable=memory from the kernel's command line")
-    if facts.cgroup2 and facts.freezer is False:
-        missing.append("memcgs cannot be frozen: needs cgroup.freeze (Linux 5.2)")
+        missing.append(_NO_CONTROLLER)
     if not facts.btf:
         missing.append("the kernel has no BTF: install one built with CONFIG_DEBUG_INFO_BTF=y")
     if not facts.bpffs:
@@ -106,16 +139,9 @@ def decide(facts: Facts) -> Verdict:
         missing.append(f"no kernel headers for {facts.kernel}: apt-get install linux-headers-{facts.kernel}")
     if not has_bpf_capabilities(facts.capabilities):
         missing.append("no right to load BPF programs: run as root, or with CAP_BPF and CAP_PERFMON")
-    if not facts.cgroup_writable:
-        missing.append(f"{cgroup.ROOT} is not writable: freezing needs root or a delegated memcg")
     if error := facts.loaded.get("error"):
         missing.append(f"the programs do not load: {error}")
-    if missing:
-        return Verdict("none", missing[0], missing)
-    how = facts.loaded.get(pins.REQUIRED_MODULE)
-    optional = [f"{name}: {why}" for name, why in facts.loaded.items() if why.startswith("unavailable")]
-    reason = f"the charge programs attach by {how}" if how else "everything that BPF needs is there (not tried)"
-    return Verdict("bpf", reason, optional)
+    return missing
 
 
 def try_load() -> dict[str, str]:
@@ -130,14 +156,26 @@ def try_load() -> dict[str, str]:
 
 def run_loader(instance: str, attach: str = "auto") -> dict[str, str]:
     """Run the loader process; for each module how it is attached, or {"error": why}."""
-    command = [sys.executable, "-P", "-m", "governor.loader", instance, attach]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=_LOAD_TIMEOUT_S, check=False)
-        result: dict[str, str] = json.loads(done.stdout)
+        done = subprocess.run(
+            loader_command(instance, attach), stdout=subprocess.PIPE, timeout=LOAD_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        return {"error": f"the loader did not end within {_LOAD_TIMEOUT_S} s"}
-    except json.JSONDecodeError:
-        return {"error": f"the loader ended with status {done.returncode} and said nothing"}
+        return {"error": f"the loader did not end within {LOAD_TIMEOUT_S} s"}
+    return parse_loaded(done.stdout, done.returncode)
+
+
+def loader_command(instance: str, attach: str = "auto") -> list[str]:
+    """How the loader process is started."""
+    return [sys.executable, "-P", "-m", "governor.loader", instance, attach]
+
+
+def parse_loaded(output: bytes, status: int) -> dict[str, str]:
+    """What the loader said, in its last line (BCC may say something before), as run_loader returns it."""
+    try:
+        result: dict[str, str] = json.loads((output.splitlines() or [b""])[-1])
+    except ValueError:
+        return {"error": f"the loader ended with status {status} and said nothing"}
     return result
 
 

@@ -52,6 +52,10 @@ class Record(NamedTuple):
     time_to_max_ns: int
     stall_ns: int
 
+    def encode(self) -> bytes:
+        """The bytes, as a ring would hold them."""
+        return _RECORD.pack(*self)
+
     @property
     def rising(self) -> bool:
         """Whether the crossing went upwards, or max came near."""

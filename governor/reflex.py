@@ -1,8 +1,9 @@
-"""The real-time half: drains the rings, brakes inside the drain, keeps the loans' deadlines, forwards records.
+"""The real-time half: hears crossings, brakes at once, keeps the loans' deadlines, forwards records.
 
-Started by the governor process with one end of a socket pair; decides nothing beyond the brake. When the other
-end is gone it undoes every turn of a knob and exits. Runs with SCHED_FIFO, locked memory and no garbage collector
-where it may. Imports ctypes and pure modules only: its resident memory is counted.
+Crossings come from the rings of BPF programs, from polling, or from both, and go one way. Started by the governor
+process with one end of a socket pair; decides nothing beyond the brake. When the other end is gone it undoes every
+turn of a knob and exits. Runs with SCHED_FIFO, locked memory and no garbage collector where it may. Imports ctypes
+and pure modules only: its resident memory is counted.
 """
 
 from __future__ import annotations
@@ -10,96 +11,86 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import select
 import signal
 import sys
 import time
 
-from governor import bpflib, link, record
-from governor.brake import KnobFile, Knobs, Loan
-from governor.cgroup import MemoryState, pages
-from governor.record import CONFIG_KEY, LEVEL_BRAKE, PPM, Config, Levels, Record, Verified
+from governor import link, record
+from governor.bpf_source import BpfSource
+from governor.brake import NONE, KnobFile, Loan
+from governor.cgroup import MemoryState, is_inside, memcg_of
+from governor.governed import Governed
+from governor.poll_source import BPF, POLL
+from governor.real_time import become_real_time
+from governor.record import LEVEL_BRAKE, PPM, Levels, Record
 
 HEARTBEAT_NS = 1_000_000_000
-IDLE_AFTER_NS = 10_000_000_000  # long enough for a reader to be restarted and find its records
 VERIFY_GAP_NS = 20_000_000
 CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 AFTER_LOAN_PPM = 940_000  # where a memcg whose loan was over is braked again
 HIGH_MARGIN_BYTES = 512 << 10  # memory.high under the usage would reclaim inside our write
-_REALTIME_PRIORITY = 10
-_MLOCK = 1 | 2 | 4  # MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT
-
-
-class Governed:
-    """One memcg under the brake."""
-
-    def __init__(self, slot: int, knobs: Knobs, levels: Levels) -> None:
-        self.slot = slot
-        self.knobs = knobs
-        self.base_levels = self.levels = levels
-        self.loan = Loan()
-        self.epoch = time.monotonic_ns()  # differs from whatever an earlier reader wrote
-        self.verified_ns = 0
-        self.wants_verify = False
-        self.suspect: tuple[Record, int] | None = None  # what froze it and when, until confirmed
-        self.last_word = False
-
-    @property
-    def key(self) -> bytes:
-        """Key in the watch and track maps."""
-        return record.CGROUP_ID.pack(self.knobs.memcg.cgroup_id)
-
-    def limit_bytes(self, state: MemoryState) -> int:
-        """The smaller of memory.max and what the policy says; 0 without either."""
-        chosen = self.levels.max_pages * record.PAGE_BYTES
-        found = max(state.max_bytes, 0)
-        return min(chosen, found) if chosen and found else chosen or found
 
 
 class Reflex:
-    """All governed memcgs of one instance, its rings, and the link to governor."""
+    """All governed memcgs of one instance, their sources, and the link to governor."""
 
-    def __init__(self, link_fd: int, pins_directory: str, knob_path: str) -> None:
-        lib = bpflib.open_libbpf()
+    def __init__(self, link_fd: int, knob_path: str, wanted: str) -> None:
+        """`wanted` is auto, or the one source that is forced: bpf, psi or poll."""
         self._link_fd = link_fd
+        self._governor_pid = os.getppid()
+        self._wanted = wanted
         self._unsent: list[bytes] = []
         self._knob_file = KnobFile(knob_path)
         self._governed: dict[int, Governed] = {}  # by cgroup id
         self._suspects: list[Governed] = []
-        modules = [
-            f"{pins_directory}/{name}"
-            for name in ("charge", "stall", "victim")
-            if os.path.exists(f"{pins_directory}/{name}/ring")  # noqa: PTH110  no pathlib here
-        ]
-        if not modules:
-            raise OSError(f"found no programs pinned at {pins_directory}; somebody unloaded them")
-        self._configs = [bpflib.PinnedMap(lib, f"{module}/config") for module in modules]
-        watching = [module for module in modules if not module.endswith("/victim")]
-        self._watches = [bpflib.PinnedMap(lib, f"{module}/watch") for module in watching]
-        self._tracks = [bpflib.PinnedMap(lib, f"{module}/track") for module in watching]
-        self._dropped = [bpflib.PinnedMap(lib, f"{module}/dropped") for module in modules]
-        self._cpus = bpflib.possible_cpus()
-        self._rings = bpflib.Rings(
-            lib, [bpflib.PinnedMap(lib, f"{module}/ring") for module in modules], self._on_record
-        )
+        self._bpf: BpfSource | None = None
+        self._poller = select.poll()
+        self._poller.register(link_fd, select.POLLIN)
         self._heartbeat_ns = 0
 
-    # The hot path: from the kernel's record to a frozen memcg.
+    # The hot path: from a crossing to a frozen memcg.
 
-    def _on_record(self, data: bytes) -> None:
+    def _on_ring(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()
         found = record.decode(data)
-        governed = self._governed.get(found.cgroup_id)
-        if governed and found.kind == record.CROSSING and found.rising and not governed.knobs.frozen_by_us:
-            wanted = found.level >= LEVEL_BRAKE or found.flags & record.HORIZON
-            if wanted and governed.suspect is None:
-                frozen = governed.knobs.freeze()
-                governed.suspect = (found, time.monotonic_ns() if frozen else 0)
-                self._suspects.append(governed)
-        elif governed and found.kind == record.VERIFY:
-            governed.wants_verify = True
+        if found.kind == record.CROSSING and (governed := self._whose(found)):
+            governed.poll.told(found)
+            self._on_crossing(governed, found)
+            data = found._replace(cgroup_id=governed.limits.cgroup_id).encode()
+        elif found.kind == record.VERIFY:
+            for governed in self._governed.values():
+                governed.wants_verify |= found.cgroup_id in governed.watched
+        elif found.kind == record.OOM_KILL and found.cgroup_id not in self._governed:
+            path = memcg_of(found.pid)  # the limit is one below or above: is the victim ours?
+            for governed in self._governed.values():
+                if is_inside(path, governed.knobs.memcg.path):
+                    data = found._replace(cgroup_id=governed.limits.cgroup_id).encode()
         self._tell(link.encode_record(data, now_ns), may_drop=True)
+
+    def _whose(self, found: Record) -> Governed | None:
+        """The governed memcg that a crossing is of; an ancestor's only if the charge came from inside."""
+        if (own := self._governed.get(found.cgroup_id)) is not None:
+            return own
+        below = [governed for governed in self._governed.values() if found.cgroup_id in governed.watched]
+        path = memcg_of(found.pid) if below else None
+        for governed in below:
+            if is_inside(path, governed.knobs.memcg.path):
+                return governed
+            governed.poll.hurry(found.ktime_ns)  # the kernel reports a level once, and it may be ours in a moment
+        return None
+
+    def _on_crossing(self, governed: Governed, found: Record) -> None:
+        """From any source: hold what rises to the brake level, or is about to; _confirm follows."""
+        wanted = found.level >= LEVEL_BRAKE or found.flags & record.HORIZON
+        if found.rising and wanted and governed.suspect is None and not governed.knobs.frozen_by_us:
+            frozen = governed.knobs.freeze()
+            governed.suspect = (found, time.monotonic_ns() if frozen else 0)
+            self._suspects.append(governed)
+
+    def _confirm_all(self) -> None:
+        while self._suspects:
+            self._confirm(self._suspects.pop(0))
 
     def _confirm(self, governed: Governed) -> None:
         """Throttle what freezing cannot stop, then ask memory.stat whether the brake was right."""
@@ -110,7 +101,8 @@ class Reflex:
             return
         usage_bytes, max_bytes = found.usage_pages * record.PAGE_BYTES, found.max_pages * record.PAGE_BYTES
         brake_bytes = governed.levels.engage_ppm[LEVEL_BRAKE - 1] * max_bytes // PPM
-        throttled = governed.knobs.set_high(max(brake_bytes, usage_bytes + HIGH_MARGIN_BYTES))
+        room_bytes = max(brake_bytes - usage_bytes, HIGH_MARGIN_BYTES)
+        throttled = self._throttle(governed, room_bytes)
         state = self._verify(governed)
         if state is None:  # gone, or unreadable: nothing may stay held that nobody can judge
             governed.knobs.restore()
@@ -118,10 +110,10 @@ class Reflex:
         level_ppm = governed.levels.engage_ppm[LEVEL_BRAKE - 1]
         if found.flags & record.HORIZON:
             level_ppm = min(level_ppm, governed.levels.horizon_floor_ppm)
-        limit_bytes = governed.limit_bytes(state)
-        if state.unreclaimable_bytes < (level_ppm / PPM - CONFIRM_SLACK_RATIO) * limit_bytes:
+        if state.unreclaimable_bytes < (level_ppm / PPM - CONFIRM_SLACK_RATIO) * state.max_bytes:
             governed.knobs.lift_high()
             self._verify(governed, hear_again=True)
+            governed.poll.hurry(found.ktime_ns)  # the kernel's bound is useless here for a while
             self._thaw(governed, link.FALSE_ALARM)
             return
         if frozen_ns:
@@ -142,26 +134,34 @@ class Reflex:
             ).encode()
         )
 
+    def _throttle(self, governed: Governed, room_bytes: int) -> bool:
+        """memory.high so much above what the governed memcg uses now; False when it was left alone."""
+        usage_bytes = governed.limits.own_usage_bytes()
+        return usage_bytes > 0 and governed.knobs.set_high(usage_bytes + room_bytes)
+
     def _verify(self, governed: Governed, hear_again: bool = False) -> MemoryState | None:
         """Read memory.stat and let the kernel side start from what it says.
 
         With `hear_again`, levels that lie behind are reported again if they still hold.
         """
-        governed.epoch += hear_again
         governed.wants_verify = False
         governed.verified_ns = time.monotonic_ns()
-        track = self._tracks[0].lookup(governed.key, record.TRACK.size)
-        state = governed.knobs.memcg.memory_state()
-        if state is None or track is None:
-            return None
-        brake_bytes = governed.limit_bytes(state) * governed.levels.engage_ppm[LEVEL_BRAKE - 1] // PPM
-        room_pages = pages(max(0, brake_bytes - state.unreclaimable_bytes))
-        ask_after_pages = max(64, room_pages // 2) if brake_bytes else 0
-        verified = Verified(pages(state.unreclaimable_bytes), record.charged_pages(track), ask_after_pages)
-        value = record.encode_watch(governed.levels, verified, governed.epoch)
-        for watch in self._watches:
-            watch.update(governed.key, value)
-        return state
+        if hear_again:
+            governed.epoch += 1
+            governed.poll.forget()
+        limits, bpf = governed.limits, self._bpf
+        charged = {cgroup_id: bpf.charged_pages(cgroup_id) for cgroup_id in governed.watched} if bpf else {}
+        seen = limits.look(governed.verified_ns)
+        if bpf and seen:
+            for one in seen:
+                cgroup_id = one.memcg.cgroup_id
+                at_pages = charged.pop(cgroup_id, None)
+                at_pages = bpf.charged_pages(cgroup_id) if at_pages is None else at_pages
+                bpf.watch(one, governed.levels, at_pages, governed.epoch)
+            for cgroup_id in charged:  # its limit was lifted
+                bpf.unwatch(cgroup_id)
+            governed.watched = {one.memcg.cgroup_id for one in seen}
+        return next((one.state for one in seen if one.memcg is limits.tightest), None)
 
     def _thaw(self, governed: Governed, reason: int) -> None:
         now_ns = time.monotonic_ns()
@@ -180,6 +180,8 @@ class Reflex:
             asked = link.decode_thaw(data)
             if governed := self._by_slot(asked.slot):
                 self._thaw_as_asked(governed, asked)
+        elif kind == link.OPEN_PINS:
+            self._open_pins(link.decode_pins(data))
         else:
             slot, ns = link.decode_slot(data)
             governed = self._by_slot(slot)
@@ -189,6 +191,9 @@ class Reflex:
                 governed.loan.prolong(ns)
             elif governed and kind == link.DROP:
                 self._drop(governed)
+            elif governed and kind == link.AGENT:
+                governed.knobs.set_agent(ns, self._governor_pid)
+                self._tell_source(governed)
 
     def _by_slot(self, slot: int) -> Governed | None:
         return next((g for g in self._governed.values() if g.slot == slot), None)
@@ -196,26 +201,56 @@ class Reflex:
     def _adopt(self, slot: int, levels: Levels) -> None:
         knobs = self._knob_file.knobs(slot)
         if knobs is None:
-            self._tell(link.Adopted(slot, False).encode())
+            self._tell(link.Adopted(slot, False, POLL, NONE).encode())
             return
-        governed = Governed(slot, knobs, levels)
+        governed = Governed(slot, knobs, levels, self._poller, with_psi=self._wanted != "poll")
         self._governed[knobs.memcg.cgroup_id] = governed
-        for track in self._tracks:
-            if track.lookup(governed.key, record.TRACK.size) is None:
-                track.update(governed.key, bytes(record.TRACK.size))
-        watched = self._verify(governed, hear_again=True) is not None
-        self._tell(link.Adopted(slot, watched).encode())
+        ok = self._verify(governed, hear_again=True) is not None
+        governed.told = self._source(governed)
+        self._tell(link.Adopted(slot, ok, *governed.told).encode())
+
+    def _source(self, governed: Governed) -> tuple[int, int]:
+        return BPF if self._bpf else governed.poll.name, governed.knobs.brake
+
+    def _tell_source(self, governed: Governed) -> None:
+        if governed.told != self._source(governed):
+            governed.told = self._source(governed)
+            self._tell(link.Source(governed.slot, *governed.told).encode())
+
+    def _open_pins(self, directory: str) -> None:
+        """BPF takes over from polling."""
+        self._close_pins()
+        try:
+            self._bpf = BpfSource(directory, self._on_ring)
+            self._bpf.beat(time.monotonic_ns())
+        except OSError as error:
+            self._tell(link.Refused(str(error)).encode())
+            return
+        self._poller.register(self._bpf.fd, select.POLLIN)
+        for governed in self._governed.values():
+            self._verify(governed, hear_again=True)
+            self._tell_source(governed)
+
+    def _close_pins(self) -> None:
+        """Polling takes over from BPF."""
+        if self._bpf:
+            self._poller.unregister(self._bpf.fd)
+            self._bpf.close()
+            self._bpf = None
+        for governed in self._governed.values():
+            governed.watched.clear()
+            governed.poll.due_ns = 0
 
     def _set_levels(self, slot: int, levels: Levels) -> None:
         if governed := self._by_slot(slot):
-            governed.base_levels = governed.levels = levels
+            governed.set_levels(levels)
             self._verify(governed, hear_again=True)
 
     def _thaw_as_asked(self, governed: Governed, asked: link.Thaw) -> None:
         governed.last_word = asked.last_word
         self._brake_at(governed, asked.brake_ppm, asked.heed_horizon)
         if asked.high_bytes > 0:
-            governed.knobs.set_high(asked.high_bytes)
+            governed.knobs.set_high(governed.limits.own_high_bytes(asked.high_bytes))
         elif asked.high_bytes < 0:
             governed.knobs.lift_high()
         self._thaw(governed, link.ASKED)
@@ -247,16 +282,17 @@ class Reflex:
         if state is None:
             governed.knobs.thaw()
             return
-        throttled = governed.knobs.set_high(state.usage_bytes + HIGH_MARGIN_BYTES)
+        throttled = self._throttle(governed, HIGH_MARGIN_BYTES)
         if frozen:
             governed.loan.begin(now_ns)
         self._tell(link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, 0, frozen, throttled).encode())
 
     def _drop(self, governed: Governed) -> None:
         del self._governed[governed.knobs.memcg.cgroup_id]
-        for table in (*self._watches, *self._tracks):
-            table.delete(governed.key)
-        governed.knobs.release()
+        for cgroup_id in governed.watched if self._bpf else ():
+            if self._bpf and not any(cgroup_id in other.watched for other in self._governed.values()):
+                self._bpf.unwatch(cgroup_id)
+        governed.close()
 
     # Time.
 
@@ -267,23 +303,36 @@ class Reflex:
                 self._thaw(governed, link.LOAN_OVER)
             if governed.wants_verify and now_ns - governed.verified_ns >= VERIFY_GAP_NS:
                 self._verify(governed)
+            if now_ns >= governed.poll.due_ns:
+                self._look(governed, now_ns)
+        self._confirm_all()
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
-            value = Config(heartbeat_ns=now_ns, idle_after_ns=IDLE_AFTER_NS).encode()
-            for config in self._configs:
-                config.update(CONFIG_KEY, value)
-            self._tell(link.Alive(now_ns, self._dropped_records()).encode(), may_drop=True)
+            if self._bpf and self._bpf.vanished():
+                self._tell(link.Refused("somebody unloaded the BPF programs").encode())
+                self._close_pins()
+                for governed in self._governed.values():
+                    self._tell_source(governed)
+            if self._bpf:
+                self._bpf.beat(now_ns)
+            dropped = self._bpf.dropped_records() if self._bpf else 0
+            self._tell(link.Alive(now_ns, dropped).encode(), may_drop=True)
 
-    def _dropped_records(self) -> int:
-        total = 0
-        for table in self._dropped:
-            if values := table.lookup(CONFIG_KEY, 8 * self._cpus):
-                total += sum(int.from_bytes(values[i : i + 8], sys.byteorder) for i in range(0, len(values), 8))
-        return total
+    def _look(self, governed: Governed, now_ns: int) -> None:
+        """What polling sees; beside BPF, what it missed."""
+        watched = self._bpf is not None or self._wanted == "bpf"
+        found = governed.poll.look(governed.levels, now_ns, watched)
+        if found:
+            self._on_crossing(governed, found)
+            self._tell(link.encode_record(found.encode(), time.monotonic_ns()), may_drop=True)
+        # A limit was set or lifted, or it is the machine's, which the kernel side does not know.
+        if self._bpf and (governed.watched != governed.poll.seen_ids or governed.limits.of_machine):
+            governed.wants_verify = True
 
     def _next_deadline_ns(self) -> int:
         deadlines = [self._heartbeat_ns + HEARTBEAT_NS]
         for governed in self._governed.values():
+            deadlines.append(governed.poll.due_ns)
             if governed.loan.deadline_ns is not None:
                 deadlines.append(governed.loan.deadline_ns)
             if governed.wants_verify:
@@ -297,19 +346,19 @@ class Reflex:
 
     def run(self) -> None:
         """Until governor is gone. Raises nothing of one memcg's: it loses its brake, the others keep theirs."""
-        poller = select.poll()
-        poller.register(self._rings.fd, select.POLLIN)
-        poller.register(self._link_fd, select.POLLIN)
         while True:
             now_ns = time.monotonic_ns()
             self._tick(now_ns)
             timeout_ms = max(0, -(-(self._next_deadline_ns() - now_ns) // 1_000_000))
-            ready = [fd for fd, _ in poller.poll(timeout_ms)]
-            if self._rings.fd in ready:
-                self._rings.drain()
-                for governed in self._suspects:
-                    self._confirm(governed)
-                self._suspects.clear()
+            ready = [fd for fd, _ in self._poller.poll(timeout_ms)]
+            if self._bpf and self._bpf.fd in ready:
+                self._bpf.drain()
+                self._confirm_all()
+            for governed in self._governed.values():
+                if any(fd in ready for fd in governed.poll.fds):
+                    victim = governed.poll.stirred(time.monotonic_ns())
+                    if victim and not self._bpf:  # which tells of it by itself, and of whom
+                        self._tell(link.encode_record(victim.encode(), victim.ktime_ns), may_drop=True)
             while self._unsent and link.send(self._link_fd, self._unsent[0]):
                 self._unsent.pop(0)
             if self._link_fd in ready:
@@ -327,32 +376,14 @@ class Reflex:
             sys.stderr.write(f"governor: reflex: {told}\n")
 
 
-def become_real_time() -> None:
-    """SCHED_FIFO, locked memory, spared by the OOM killer: each where the kernel lets us."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(_REALTIME_PRIORITY))
-        # A loop gone wild must not take a CPU away: after 0.2 s without sleeping, SIGXCPU makes us normal.
-        signal.signal(signal.SIGXCPU, lambda *_: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)))
-        resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, 1_000_000))
-    except OSError:
-        pass  # an ordinary container may not; the brake is slower under load, as the README says
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
-        ctypes.CDLL(None).mlockall(_MLOCK)
-    try:
-        with open("/proc/self/oom_score_adj", "w") as adjust:  # noqa: PTH123  no pathlib here
-            adjust.write("-900")
-    except OSError:
-        pass  # lowering it wants CAP_SYS_RESOURCE
-
-
 def main(arguments: list[str]) -> None:
-    """Entry point: LINK_FD PINS_DIRECTORY KNOB_FILE."""
+    """Entry point: LINK_FD KNOB_FILE SOURCE."""
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # governor says when to go, by closing the link
     ctypes.CDLL(None).prctl(15, b"governor-reflex", 0, 0, 0)  # PR_SET_NAME
-    link_fd, pins_directory, knob_path = arguments
+    link_fd, knob_path, wanted = arguments
     os.set_blocking(int(link_fd), False)
-    reflex = Reflex(int(link_fd), pins_directory, knob_path)
+    reflex = Reflex(int(link_fd), knob_path, wanted)
     gc.disable()
     gc.freeze()
     become_real_time()

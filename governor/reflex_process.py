@@ -23,8 +23,10 @@ _BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.reflex import m
 class ReflexProcess:
     """One reflex at a time, started again when it dies."""
 
-    def __init__(self, pins_directory: Path, knob_path: Path) -> None:
-        self._arguments = [str(pins_directory), str(knob_path)]
+    def __init__(self, pins_directory: Path | None, knob_path: Path, source: str = "auto") -> None:
+        """Without pins it polls until open_pins(); `source` is auto, or the one that is forced."""
+        self._pins_directory = pins_directory
+        self._arguments = [str(knob_path), source]
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._not_before_ns = 0
@@ -52,7 +54,15 @@ class ReflexProcess:
         self._heard_ns = now_ns
         self._not_before_ns = now_ns + _BACKOFF_NS[min(self._starts, len(_BACKOFF_NS) - 1)]
         self._starts += 1
+        if self._pins_directory:
+            self.open_pins(self._pins_directory)
         return True
+
+    def open_pins(self, directory: Path | None) -> None:
+        """Let BPF take over, now and after each start; None: not after the next start any more."""
+        self._pins_directory = directory
+        if directory:
+            self.send(link.encode_pins(str(directory)))
 
     def send(self, message: bytes) -> bool:
         """Tell reflex something; False when it is gone or does not keep up."""

@@ -80,7 +80,7 @@ class Commands:
             except OSError as error:
                 with suppress(OSError):
                     Path(path).rmdir()
-                why_not = f"{parent}: {error.strerror}"
+                why_not = f"{error.filename or parent}: {error.strerror}"
             else:
                 return path, ""
         return "", why_not

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from governor.subtree import memcg_pids
+
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 # Start one program and wait for it: SIGTERM is for what they started.
 WRAPPERS = {
@@ -33,16 +35,6 @@ class Process:
     comm: str
     rss_bytes: int
     forked_only: bool = False  # forked, and no exec since: its pages are its parent's, shared until written to
-
-
-def memcg_pids(path: str) -> list[int]:
-    """Pids of all processes in a memcg and the memcgs below it; empty when it is gone."""
-    pids: list[int] = []
-    for directory, _, files in os.walk(path):
-        if "cgroup.procs" in files:
-            with suppress(OSError):
-                pids += [int(p) for p in (Path(directory) / "cgroup.procs").read_text().split() if p != "0"]
-    return pids
 
 
 def read_process(pid: int) -> Process | None:

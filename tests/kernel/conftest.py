@@ -116,15 +116,20 @@ def container():
 class Guard:
     """`governor guard`, as a user starts it."""
 
-    def __init__(self, tmp_path, target, *options, loaded=True):
+    def __init__(self, tmp_path, target, *options, loaded=True, wrap=(), environment=None):
         self.directory = tmp_path / "archives"
         self.journal_path = tmp_path / "journal.ndjson"
         self.log_path = tmp_path / "guard.log"
-        command = ["governor", "guard", "--cgroup", target.path, "--archive", f"{tmp_path}/*.jsonl"]
+        command = [*wrap, "governor", "guard", "--cgroup", target.path, "--archive", f"{tmp_path}/*.jsonl"]
         command += ["--archive-dir", self.directory, "--journal", self.journal_path]
         command += ["--instance", INSTANCE] if loaded else []
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen([str(c) for c in (*command, *options)], stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [str(c) for c in (*command, *options)],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
 
     def log(self):
         return self.log_path.read_text()
@@ -197,6 +202,6 @@ def leaves_nothing_behind():
 def pytest_collection_modifyitems(items):
     """Outside a machine that can run them these tests are skipped, in the VM they must run."""
     verdict = probe.decide(probe.probe())
-    if verdict.source == "none" and not os.environ.get("GOVERNOR_VM"):
+    if verdict.source != "bpf" and not os.environ.get("GOVERNOR_VM"):
         for item in items:
             item.add_marker(pytest.mark.skip(reason=f"use scripts/vm: {verdict.reason}"))

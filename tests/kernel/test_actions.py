@@ -3,17 +3,19 @@
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import MIB, wait_for
+from conftest import AGENT, MIB, wait_for
 
-from governor import cgroup, children
-from governor.actions import commands, processes
+from governor import archive, cgroup, children, subtree
+from governor.actions import commands, processes, termination_log
 from governor.attribution import Attribution
+from governor.session_files import parse_pattern
 
 SECOND = 1_000_000_000
 
@@ -62,8 +64,9 @@ def test_a_command_that_takes_too_much_memory_is_ended_and_nobody_else(run):
 
 
 def test_a_fork_bomb_ends_at_the_deadline(run):
-    ended = run("sh", "-c", "bomb() { bomb | bomb & }; bomb; trap '' TERM; while :; do sleep 1; done", seconds=4)
-    assert ended.over_deadline
+    bomb = "trap '' TERM; bomb() { bomb | bomb & }; bomb; while :; do :; done"  # a loop that never forks: it stays
+    ended = run("sh", "-c", bomb, seconds=4)
+    assert ended.over_deadline and b"Cannot fork" in ended.output
 
 
 def test_what_hangs_ignores_sigterm_and_left_its_group_ends_at_the_deadline(run):
@@ -135,7 +138,7 @@ def test_tmpfs_is_put_to_whom_was_charged(container, charged, tmp_path):
         looked = Attribution(str(pod.path), leader.pid)
         looked.look(0)
         assert leader.stdout.readline() == "full\n"
-        pids = processes.memcg_pids(str(pod.path))
+        pids = subtree.memcg_pids(str(pod.path))
         writer = max(pids) if charged == "tool" else leader.pid
         grown = looked.growth(2 * SECOND, writer, SECOND)
         assert grown.culprit_pid == (writer if charged == "tool" else 0)
@@ -158,3 +161,75 @@ def test_an_open_memcg_is_killed_not_the_one_that_has_its_name_now(container):
     time.sleep(0.3)
     assert second.poll() is None
     memcg.close()
+
+
+def test_a_full_disk_and_a_read_only_one_lead_to_the_next(tmp_path):
+    (tmp_path / "session.jsonl").write_bytes(os.urandom(1 << 20))
+    full, read_only, good = tmp_path / "full", tmp_path / "read-only", tmp_path / "good"
+    for directory, options in ((full, "size=256k"), (read_only, "ro")):
+        directory.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], check=True)
+    try:
+        patterns = [parse_pattern(f"{tmp_path}/*.jsonl", "/")]
+        made = archive.write(full, patterns, "a test", "t", {}, 1 << 30, fallbacks=[read_only, good])
+        assert made.facts["fallback"]["refused"] == {
+            str(full): "No space left on device",
+            str(read_only): "Read-only file system",
+        }
+        assert archive.verify(good, made.name) == made and len(made.files) == 1
+        assert list(full.iterdir()) == []
+    finally:
+        for directory in (full, read_only):
+            subprocess.run(["umount", directory], check=True)
+
+
+def test_a_device_under_a_session_files_name_is_never_opened(tmp_path):
+    os.mknod(tmp_path / "device.jsonl", 0o600 | stat.S_IFCHR, os.makedev(99, 99))  # ENXIO for whoever opens it
+    made = archive.write(tmp_path / "a", [parse_pattern(f"{tmp_path}/*.jsonl", "/")], "a test", "t", {}, 1 << 30)
+    assert made.skipped == {str(tmp_path / "device.jsonl"): "not a regular file"}
+
+
+@pytest.mark.parametrize("who", ["agent", "tool"])
+@pytest.mark.parametrize("burst", ["touch", "huge", "read", "tmpfs", "threads"])
+def test_a_burst_is_put_to_whose_it_is(container, tmp_path, burst, who):
+    pod = container(256)
+    begin = tmp_path / "begin"
+    command = [sys.executable, AGENT, tmp_path / "s.jsonl", burst, "--begin", begin, "--total-mb", "140"]
+    if who == "tool":  # of an agent that grows a little too
+        argv = [str(word) for word in command]
+        code = f"import subprocess, time; p = subprocess.Popen({argv!r}); x = bytearray(b'x') * (8 << 20); p.wait()"
+        command = [sys.executable, "-c", code]
+    leader = pod.start(*command, stdout=subprocess.PIPE)
+    assert leader.stdout.readline() == "ready\n"
+    looked = Attribution(str(pod.path), leader.pid)
+    looked.look(time.monotonic_ns(), SECOND)
+    (burster,) = {*subtree.memcg_pids(str(pod.path))} - ({leader.pid} if who == "tool" else set())
+    begin.touch()
+    wait_for(lambda: int(pod.read("memory.current")) > 100 * MIB)
+    pod.write("cgroup.freeze", 1)
+    wait_for(lambda: "frozen 1" in pod.read("cgroup.events"))
+    grown = looked.growth(time.monotonic_ns(), burster, SECOND)
+    assert grown.culprit_pid == (burster if who == "tool" else 0), grown
+    assert (grown.grown_bytes if who == "tool" else grown.agent_grown_bytes) > 70 * MIB, grown
+    assert (grown.agent_grown_bytes if who == "tool" else grown.others_grown_bytes) < 12 * MIB, grown
+
+
+def test_the_termination_log_of_another_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "dev").mkdir(parents=True)
+    (root / "dev" / "termination-log").write_text("")
+    code = "import os, sys, time; os.chroot(sys.argv[1]); os.write(1, b'in\\n'); time.sleep(600)"
+    inside = subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE)
+    try:
+        assert inside.stdout.readline() == b"in\n"
+        assert termination_log.write("97 % of max", inside.pid)
+        assert (root / "dev" / "termination-log").read_text() == "97 % of max\n"
+        assert not termination_log.write("nothing there")
+        (root / "dev" / "termination-log").unlink()
+        (root / "dev" / "termination-log").symlink_to("/dev/null")
+        with pytest.raises(OSError, match="a symbolic link"):
+            termination_log.write("97 % of max", inside.pid)
+    finally:
+        inside.kill()
+        inside.wait()
+        inside.stdout.close()

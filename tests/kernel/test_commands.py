@@ -28,10 +28,11 @@ def test_doctor_tries_for_real():
 
 def test_doctor_without_rights_says_what_is_missing():
     done = governor(
-        "doctor", status=1, user=65534, env={"PATH": "/usr/local/bin:/usr/bin", "PYTHONPATH": "/work:/opt/deps"}
+        "doctor", status=0, user=65534, env={"PATH": "/usr/local/bin:/usr/bin", "PYTHONPATH": "/work:/opt/deps"}
     )
     assert "no right to load BPF programs" in done.stdout
-    assert "source: none" in done.stdout
+    assert "source: poll" in done.stdout
+    assert "brake: stop" in done.stdout
 
 
 def test_kprobes_where_fentry_cannot_be_had(container, tmp_path):
@@ -147,12 +148,12 @@ def psi_total_usec(pod):
         (["guard", "--cgroup", "POD", "--pid", "999999"], "found no process 999999"),
         (["guard", "--cgroup", "POD", "--archive", "x/*"], "expected one that begins with / or ~/"),
         (["guard", "--cgroup", "POD", "--instance", "../x"], "found instance name '../x'"),
-        (["guard", "--cgroup", "FREE"], "has no memory.max"),
+        (["guard", "--cgroup", "POD", "--source", "x"], "expected auto, bpf, psi or poll"),
         (["load", "--attach", "magic"], "expected auto, fentry or kprobe"),
         (["watch", "/nowhere"], "found no memcg"),
     ],
 )
 def test_wrong_use_is_answered(container, arguments, expected):
-    pod, free = container(64), container(0)
-    words = [str(pod.path) if a == "POD" else str(free.path) if a == "FREE" else a for a in arguments]
+    pod = container(64)
+    words = [str(pod.path) if a == "POD" else a for a in arguments]
     assert expected in governor(*words, status=2).stderr.replace("\n", " ")

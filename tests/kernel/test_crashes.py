@@ -1,4 +1,4 @@
-"""SIGKILL of either process while a brake is held; readers that come back; `governor off`."""
+"""SIGKILL of either process while a brake is held; readers that come back."""
 
 import os
 import signal
@@ -6,9 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import INSTANCE, wait_for
-
-from governor import pins, probe
+from conftest import wait_for
 
 PICTURE_MB = "64"  # makes an archive that takes a while: the brake is held meanwhile
 
@@ -72,20 +70,6 @@ def test_records_wait_for_a_reader_that_comes_back(container, guard, tmp_path):
     crossing = again.await_line("crossing")
     assert crossing["record"]["ktime_ns"] < restarted_ns
     assert crossing["record"]["level"] == 1
-
-
-def test_off_thaws_restores_and_detaches(container, guard, tmp_path):
-    pod = container(256)
-    governor, agent = held(pod, guard, tmp_path)
-    done = subprocess.run(["governor", "off"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert f"stopped process {governor.process.pid}" in done.stdout
-    assert is_released(pod)
-    assert agent.poll() is None
-    assert pins.instances() == []
-    assert governor.process.wait(timeout=20) == 0
-    assert "nothing was on" in subprocess.check_output(["governor", "off"], text=True)
-    assert "error" not in probe.run_loader(INSTANCE)  # for the tests that follow
 
 
 def test_a_second_guard_leaves(container, guard, tmp_path):

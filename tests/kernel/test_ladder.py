@@ -53,7 +53,8 @@ def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_pat
     agent.go()
     assert select.select([agent.stdout], [], [], 90)[0], governor.log()
     said = agent.stdout.readline()
-    assert said == ("tool ended with -9\n" if burst == "tool" else "burst over\n")
+    growths = [line["of"]["growth"] for line in governor.lines("step") if line["event"] == "Braked"]
+    assert said == ("tool ended with -9\n" if burst == "tool" else "burst over\n"), growths
     assert agent.poll() is None
     assert pod.events()["oom_kill"] == 0
     killed = [pid for line in governor.lines("shed") for pid in line["pids"]]
@@ -86,7 +87,7 @@ def test_clear_follows_a_compact_that_did_not_help(container, guard, policy, tmp
 
 def test_a_hold_leaves_only_the_brake(container, guard, policy, tmp_path):
     pod = container(128)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--total-mb", "119")
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--total-mb", "112")
     governor = guard(pod, "--policy", policy()).ready()
     held = governor_command("hold", "10m")
     assert held.returncode == 0, held.stderr
@@ -151,13 +152,13 @@ def test_without_a_brake_samples_archive_and_terminate(container, guard, policy,
     agent.go()
     assert agent.wait(timeout=90) == 143, governor.log()
     kinds = [line["kind"] for line in governor.lines("compact_failed", "braked", "archived", "terminating")]
-    assert kinds == ["compact_failed", "archived", "terminating"]
+    assert list(dict.fromkeys(kinds)) == ["compact_failed", "archived", "terminating"]
     assert pod.events()["oom_kill"] == 0
 
 
 def test_a_dry_run_tells_and_touches_nothing(container, guard, tmp_path):
     pod = container(128)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "124")
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "113")
     governor = guard(pod, "--policy", "dry-run").ready()
     agent.go()
     wait_for(lambda: any("would terminate" in line["text"] for line in governor.lines("dry_run")), 60)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from governor import archive
+from governor.manifest import MANIFEST_NAME, TAR_NAME
 from governor.session_files import find, parse_pattern
 
 
@@ -104,7 +105,7 @@ def test_a_file_that_shrinks_or_grows_meanwhile_still_verifies(tmp_path, home):
         thread.join()
 
 
-@pytest.mark.parametrize("file", [archive.TAR_NAME, archive.MANIFEST_NAME])
+@pytest.mark.parametrize("file", [TAR_NAME, MANIFEST_NAME])
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_damage_is_found(tmp_path, home, file, damage):
     where, manifest = write(tmp_path, home)
@@ -113,7 +114,7 @@ def test_damage_is_found(tmp_path, home, file, damage):
     if damage == "cut":
         data = data[: len(data) // 2]
     elif damage == "flip":
-        at = data.index(b"sha256") + 12 if file == archive.MANIFEST_NAME else len(data) // 2
+        at = data.index(b"sha256") + 12 if file == MANIFEST_NAME else len(data) // 2
         data[at] ^= 0x01
     else:
         data = b""
@@ -157,7 +158,7 @@ def test_a_full_or_forbidden_place_is_said_and_leaves_nothing(tmp_path, home):
 def test_an_unfinished_archive_is_not_listed(tmp_path, home):
     where, manifest = write(tmp_path, home)
     (where / ".building-x").mkdir()
-    (where / ".building-x" / archive.MANIFEST_NAME).write_bytes(b"{}")
+    (where / ".building-x" / MANIFEST_NAME).write_bytes(b"{}")
     assert archive.names(where) == [manifest.name]
 
 

@@ -315,6 +315,15 @@ def test_compact_warns_where_the_policy_says_so():
     assert run.names() == ["Warn", "Deliver"]
 
 
+def test_a_compact_that_fails_quickly_does_not_keep_clear_away():
+    compact = replace(REACHED.compact, settle_ns=SECOND, cooldown_ns=20 * SECOND)
+    run = Run(replace(REACHED, compact=compact))
+    for _ in range(20):
+        run.at(0.87).then(Answered(Tier.COMPACT, Status.FAILED))
+    assert run.names()[:3] == ["Deliver", "Warn", "Deliver"]
+    assert run.told[2].tier is Tier.CLEAR
+
+
 def test_a_warning_is_taken_back_when_memory_falls():
     policy = replace(REACHED, compact=POLICY.compact)
     assert Run(policy).at(0.87, 3).at(0.7, 30).names() == ["Warn"]

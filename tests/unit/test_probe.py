@@ -11,6 +11,7 @@ from governor import cli, probe
 GOOD = probe.Facts(
     kernel="6.1.0",
     cgroup2=True,
+    cgroup1_memory=False,
     memory_controller=True,
     cgroup_writable=True,
     freezer=True,
@@ -31,31 +32,33 @@ GOOD = probe.Facts(
 
 def test_everything_there_is_bpf():
     verdict = probe.decide(GOOD)
-    assert (verdict.source, verdict.missing) == ("bpf", [])
+    assert (verdict.source, verdict.brake, verdict.missing) == ("bpf", "freeze", [])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "source", "brake", "told"),
     [
-        ({"cgroup2": False}, "systemd.unified_cgroup_hierarchy=1"),
-        ({"memory_controller": False}, "cgroup_disable=memory"),
-        ({"cgroup_writable": False}, "delegated"),
-        ({"freezer": False}, "cgroup.freeze"),
-        ({"btf": False}, "CONFIG_DEBUG_INFO_BTF"),
-        ({"bpffs": False}, "mount -t bpf"),
-        ({"libbpf": False}, "apt-get install libbpf1"),
-        ({"bcc": "missing"}, "apt-get install python3-bpfcc"),
-        ({"bcc": "/x/bcc/__init__.py"}, "the bcc at /x/bcc/__init__.py is another project"),
-        ({"headers": ""}, "linux-headers-6.1.0"),
-        ({"capabilities": 0}, "CAP_BPF and CAP_PERFMON"),
-        ({"loaded": {"error": "verifier"}}, "the programs do not load: verifier"),
+        ({"cgroup2": False}, "none", "none", "systemd.unified_cgroup_hierarchy=1"),
+        ({"cgroup2": False, "cgroup1_memory": True}, "poll", "stop", "systemd.unified_cgroup_hierarchy=1"),
+        ({"memory_controller": False}, "none", "none", "cgroup_disable=memory"),
+        ({"cgroup_writable": False}, "bpf", "stop", "delegated"),
+        ({"cgroup_writable": False, "btf": False}, "poll", "stop", "delegated"),
+        ({"psi": False, "btf": False}, "poll", "freeze", "CONFIG_DEBUG_INFO_BTF"),
+        ({"freezer": False}, "bpf", "stop", "cgroup.freeze"),
+        ({"btf": False}, "psi", "freeze", "CONFIG_DEBUG_INFO_BTF"),
+        ({"bpffs": False}, "psi", "freeze", "mount -t bpf"),
+        ({"libbpf": False}, "psi", "freeze", "apt-get install libbpf1"),
+        ({"bcc": "missing"}, "psi", "freeze", "apt-get install python3-bpfcc"),
+        ({"bcc": "/x/bcc/__init__.py"}, "psi", "freeze", "the bcc at /x/bcc/__init__.py is another project"),
+        ({"headers": ""}, "psi", "freeze", "linux-headers-6.1.0"),
+        ({"capabilities": 0}, "psi", "freeze", "CAP_BPF and CAP_PERFMON"),
+        ({"loaded": {"error": "verifier"}}, "psi", "freeze", "the programs do not load: verifier"),
     ],
 )
-def test_what_is_missing_is_named_with_its_remedy(change, told):
+def test_what_is_missing_is_named_with_its_remedy(change, source, brake, told):
     verdict = probe.decide(dataclasses.replace(GOOD, **change))
-    assert verdict.source == "none"
+    assert (verdict.source, verdict.brake) == (source, brake)
     assert [line for line in verdict.missing if told in line]
-    assert verdict.reason == verdict.missing[0]
 
 
 def test_all_that_is_missing_is_named_at_once():
@@ -77,7 +80,7 @@ def test_an_optional_module_that_is_missing_is_no_obstacle():
     assert verdict.missing == ["stall: unavailable: no fentry"]
 
 
-@pytest.mark.parametrize(("facts", "status"), [(GOOD, 0), (dataclasses.replace(GOOD, btf=False), 1)])
+@pytest.mark.parametrize(("facts", "status"), [(GOOD, 0), (dataclasses.replace(GOOD, cgroup2=False), 1)])
 def test_doctor_tells_both_people_and_programs(monkeypatch, facts, status):
     monkeypatch.setattr(probe, "probe", lambda: facts)
     monkeypatch.setattr(probe, "try_load", lambda: {"charge": "fentry"})
@@ -92,4 +95,4 @@ def test_doctor_tells_both_people_and_programs(monkeypatch, facts, status):
 def test_probing_this_machine_raises_nothing():
     facts = probe.probe()
     assert facts.kernel
-    assert probe.decide(facts).source in ("bpf", "none")
+    assert probe.decide(facts).source in ("bpf", "psi", "poll", "none")

@@ -99,6 +99,9 @@ def test_what_is_unknown_is_not_zero():
         link.Braked(1, 2, 3, MemoryState(4, 5, 6, 7, 8), -1, 9, True, False),
         link.Thawed(1, 2, link.LOAN_OVER),
         link.Alive(1, 2),
+        link.Adopted(1, True, 2, 3),
+        link.Source(1, 2, 3),
+        link.Refused("no rights"),
     ],
 )
 def test_what_reflex_says_arrives(message):
@@ -114,9 +117,12 @@ def test_levels_arrive_and_garbage_does_not():
         link.decode_from_reflex(b"\xff123")
 
 
-PURE = ("record", "policy", "ladder")
+PURE = ("record", "policy", "model", "tiers", "ladder", "levels", "codec")
 IMPURE = {"os", "time", "logging", "ctypes", "socket", "subprocess", "pathlib", "random"}
-REAL_TIME = ("record", "cgroup", "brake", "link", "bpflib", "reflex")
+REAL_TIME = (
+    *("record", "cgroup", "limits", "levels", "subtree", "brake"),
+    *("link", "bpflib", "bpf_source", "poll_source", "governed", "real_time", "reflex"),
+)
 HEAVY = {"dataclasses", "json", "pathlib", "subprocess", "logging", "socket", "asyncio", "typer", "psutil", "orjson"}
 
 

@@ -126,6 +126,8 @@ def test_a_governor_that_comes_back_goes_on_where_it_can():
     resumed = ladder.resumed(terminating.state, True, terminating.now_ns)
     assert Run(state=resumed).at(0.9, 11).names() == ["Kill"]
     assert ladder.resumed(terminating.state, False, terminating.now_ns).phase is Phase.WATCHING
+    vetoed = Run().then(model.Vetoed(10 * SECOND))
+    assert ladder.resumed(vetoed.state, True, vetoed.now_ns).veto_for_ns == 0  # it may have been ended meanwhile
     held = Run(REACHED).then(braked(0.91))
     resumed = ladder.resumed(held.state, True, held.now_ns)
     assert resumed.phase is Phase.PROBATION

@@ -1,0 +1,42 @@
+"""What reflex keeps of one memcg under the brake. Imported by the real-time process."""
+
+from __future__ import annotations
+
+import select
+import time
+
+from governor import record
+from governor.brake import Knobs, Loan
+from governor.limits import Limits
+from governor.poll_source import PollSource
+from governor.record import Levels, Record
+
+
+class Governed:
+    """One memcg under the brake."""
+
+    def __init__(self, slot: int, knobs: Knobs, levels: Levels, poller: select.poll, with_psi: bool) -> None:
+        self.slot = slot
+        self.knobs = knobs
+        self.limits = Limits(knobs.memcg)
+        self.poll = PollSource(self.limits, poller, with_psi, time.monotonic_ns())
+        self.loan = Loan()
+        self.epoch = time.monotonic_ns()  # differs from whatever an earlier reader wrote
+        self.verified_ns = 0
+        self.wants_verify = False
+        self.watched: set[int] = set()  # cgroup ids that BPF watches for it: its own, ancestors with a limit
+        self.suspect: tuple[Record, int] | None = None  # what froze it and when, until confirmed
+        self.last_word = False
+        self.told = (0, 0)  # source and brake, as governor knows them
+        self.set_levels(levels)
+
+    def set_levels(self, levels: Levels) -> None:
+        """The policy's levels and limit."""
+        self.base_levels = self.levels = levels
+        self.limits.chosen_bytes = levels.max_pages * record.PAGE_BYTES
+
+    def close(self) -> None:
+        """Undo every turn and free the slot."""
+        self.poll.close()
+        self.limits.close()
+        self.knobs.release()

@@ -1,0 +1,104 @@
+"""Crossings decided in user space: levels with hysteresis, fill rate and time to max, and how often to look.
+
+The same rules as `look()` in bpf/charge.bpf.c, for memcgs that no BPF program watches. Pure: reads no file and no
+clock. Imported by the real-time process.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from governor.record import HORIZON, LEVELS, PPM, RISING, Levels
+
+SECOND_NS = 1_000_000_000
+INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
+# Per second: a tool call may do that in a memcg that was quiet for hours, so no memcg is ever known to be slower.
+LEAST_WORST_BYTES = 1_000_000_000
+CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
+_RATE_WINDOW_NS = 4_000_000
+
+
+class Crossing(NamedTuple):
+    """A level was crossed, or max is near in time; `flags` as in a record, the rate in bytes per second."""
+
+    level: int
+    flags: int
+    fill_rate_bytes: int | None
+    time_to_max_ns: int | None  # None: unknown, or not growing
+
+
+def level_of(levels: Levels, ppm: int, before: int) -> int:
+    """The level at so many millionths of max; one that was reached is left under its release level only."""
+    reached = [
+        i + 1 for i in range(LEVELS) if ppm >= levels.engage_ppm[i] or (i < before and ppm >= levels.release_ppm[i])
+    ]
+    return reached[-1] if reached else 0
+
+
+def interval_ns(headroom_bytes: int, worst_rate_bytes: int) -> int:
+    """How long not to look: headroom to max / (4 x the worst rate seen, 1 GB/s at least), between 10 ms and 1 s."""
+    wait_ns = max(0, headroom_bytes) * SECOND_NS // (4 * max(LEAST_WORST_BYTES, worst_rate_bytes))
+    return max(INTERVAL_MIN_NS, min(INTERVAL_MAX_NS, wait_ns))
+
+
+class Track:
+    """What was last seen of one memcg with a limit."""
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.fill_rate_bytes: int | None = None
+        self.worst_rate_bytes = 0  # ever seen
+        self._near = False
+        self._base_bytes: int | None = None  # growth counts from here
+        self._max_bytes = 0
+        self._window: tuple[int, int] | None = None  # where the window of the fill rate began: (ns, bytes)
+
+    def forget(self) -> None:
+        """Levels that lie behind are reported again, at the next growth."""
+        self.level = 0
+        self._near = False
+
+    def told(self, level: int, near: bool) -> None:
+        """Somebody else reported this level: it need not be reported again."""
+        self.level, self._near = level, near
+
+    def look(
+        self, levels: Levels, held_bytes: int, max_bytes: int, now_ns: int, ours: bool = True
+    ) -> Crossing | None:
+        """What a look at the unreclaimable bytes shows.
+
+        As in the kernel only growth is reported as rising: a full memcg that stands still is no burst. A limit that
+        changed counts as growth. Where the growth is not `ours`, no rising crossing is reported, now: the next growth
+        of ours reports it.
+        """
+        rate = self._measure(held_bytes, now_ns)
+        base = held_bytes if self._base_bytes is None else min(self._base_bytes, held_bytes)
+        grown = held_bytes - base >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
+        self._base_bytes = held_bytes if grown else base
+        self._max_bytes = max_bytes
+        if max_bytes <= 0:
+            return None
+        time_to_max_ns = max(0, max_bytes - held_bytes) * SECOND_NS // rate if rate else None
+        ppm = held_bytes * PPM // max_bytes
+        level = level_of(levels, ppm, self.level)
+        near = time_to_max_ns is not None and time_to_max_ns < levels.horizon_ns and ppm >= levels.horizon_floor_ppm
+        if self._near and (time_to_max_ns is None or time_to_max_ns > 2 * levels.horizon_ns):
+            self._near = False
+        rising = level > self.level or (near and not self._near)
+        unheeded = not (grown and ours) if rising else level == self.level
+        if unheeded:
+            return None
+        self.level, self._near = level, self._near or near
+        flags = (RISING if rising else 0) | (HORIZON if near else 0)
+        return Crossing(level, flags, rate, time_to_max_ns)
+
+    def _measure(self, held_bytes: int, now_ns: int) -> int | None:
+        """Growth in bytes per second since a look that is long enough ago; None at the first."""
+        if self._window is None:
+            self._window = (now_ns, held_bytes)
+        since_ns, since_bytes = self._window
+        if now_ns - since_ns >= _RATE_WINDOW_NS:
+            self.fill_rate_bytes = max(0, held_bytes - since_bytes) * SECOND_NS // (now_ns - since_ns)
+            self._window = (now_ns, held_bytes)
+            self.worst_rate_bytes = max(self.worst_rate_bytes, self.fill_rate_bytes)
+        return self.fill_rate_bytes

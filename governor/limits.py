@@ -1,0 +1,129 @@
+"""What a memcg may hold: its own limit, its ancestors', the policy's, or what the machine has left.
+
+Levels are evaluated for each memcg with a limit, from the governed one up to the pod; the highest ratio counts.
+Imported by the real-time process.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from governor.cgroup import UNLIMITED, Memcg, MemoryState
+
+_REFRESH_NS = 1_000_000_000
+_QOS = ("burstable", "besteffort", "guaranteed")
+NODE_PATHS = ("kubepods", "kubepods.slice", *(f"kubepods-{name}.slice" for name in _QOS))  # no pod's, the node's
+
+
+class Seen(NamedTuple):
+    """One memcg with a limit, and what it holds; `state.max_bytes` is the limit that counts there."""
+
+    memcg: Memcg
+    state: MemoryState
+    given_bytes: int  # a limit that the kernel does not know of; 0: none
+
+
+class Limits:
+    """A governed memcg and the ancestors whose limits bind it."""
+
+    def __init__(self, own: Memcg) -> None:
+        """Takes over `own`; ancestors that cannot be read are left out."""
+        self.own = own
+        self.above: list[Memcg] = []
+        self.chosen_bytes = 0  # the policy's limit; 0: none
+        self.of_machine = False  # no limit anywhere: MemAvailable counts
+        self.tightest = own
+        self.own_held_bytes = 0  # unreclaimable, at the last look
+        self._machine_bytes = 0
+        self._machine_ns: int | None = None
+        for path in ancestors(own.path):
+            try:
+                self.above.append(Memcg(path))
+            except OSError:
+                continue  # a root, or a directory that is no memcg
+
+    @property
+    def cgroup_id(self) -> int:
+        """Of the governed memcg."""
+        return self.own.cgroup_id
+
+    def look(self, now_ns: int) -> list[Seen]:
+        """Every memcg with a limit, the governed one first if it is one of them; empty when that is gone."""
+        state = self.own.memory_state()
+        if state is None:
+            return []
+        self.own_held_bytes = state.unreclaimable_bytes
+        limits = [limit for limit in (state.max_bytes, self.chosen_bytes) if limit > 0]
+        seen = [Seen(self.own, state._replace(max_bytes=min(limits)), self.chosen_bytes)] if limits else []
+        for memcg in self.above:
+            if memcg.limit_bytes() != UNLIMITED and (found := memcg.memory_state()):
+                seen.append(Seen(memcg, found, 0))
+        self.of_machine = not seen
+        if not seen:
+            machine_bytes = self._of_machine(state, now_ns)
+            seen = [Seen(self.own, state._replace(max_bytes=machine_bytes), machine_bytes)]
+        self.tightest = max(seen, key=lambda one: one.state.unreclaimable_ratio).memcg
+        return seen
+
+    def memory_state(self, now_ns: int) -> MemoryState | None:
+        """The state with the highest ratio; None when the governed memcg is gone or cannot be read now."""
+        return next((seen.state for seen in self.look(now_ns) if seen.memcg is self.tightest), None)
+
+    def own_usage_bytes(self) -> int:
+        """What the governed memcg uses now; 0 when it is gone."""
+        try:
+            return int(self.own.read("memory.usage_in_bytes" if self.own.v1 else "memory.current"))
+        except (OSError, ValueError):
+            return 0
+
+    def own_high_bytes(self, high_bytes: int) -> int:
+        """A usage of the tightest memcg as one of the governed memcg, if only that one grows."""
+        if self.tightest is self.own:
+            return high_bytes
+        own, tightest = self.own.memory_state(), self.tightest.memory_state()
+        return own.usage_bytes + high_bytes - tightest.usage_bytes if own and tightest else 0
+
+    def describe(self) -> str:
+        """Which limit counts, in words."""
+        if self.of_machine:
+            return "no limit anywhere: what the machine has available"
+        return "its own limit" if self.tightest is self.own else f"the limit of {self.tightest.path}"
+
+    def close(self) -> None:
+        """Close the ancestors; the governed memcg is its owner's."""
+        for memcg in self.above:
+            memcg.close()
+
+    def _of_machine(self, state: MemoryState, now_ns: int) -> int:
+        """Unreclaimable bytes + MemAvailable, which counts this memcg's cache already; refreshed every second."""
+        if self._machine_ns is None or now_ns - self._machine_ns >= _REFRESH_NS:
+            self._machine_ns = now_ns
+            self._machine_bytes = state.unreclaimable_bytes + _available_bytes()
+        return self._machine_bytes
+
+
+def ancestors(path: str) -> list[str]:
+    """The directories above a memcg's, nearest first, up to the hierarchy's root or the node's part of kubepods."""
+    found = []
+    parts = path.strip("/").split("/")
+    while len(parts) > 3:  # sys/fs/cgroup: in a container it may have a limit, and the true root has no such file
+        parts = parts[:-1]
+        in_kubepods = parts[-1] in _QOS and parts[-2] == "kubepods"
+        if parts[-1] in NODE_PATHS or in_kubepods:
+            break
+        found.append("/" + "/".join(parts))
+    return found
+
+
+def _available_bytes() -> int:
+    try:
+        with open("/proc/meminfo", "rb") as listed:  # noqa: PTH123  no pathlib here
+            return parse_meminfo(listed.read())
+    except OSError:
+        return 0
+
+
+def parse_meminfo(data: bytes) -> int:
+    """MemAvailable in bytes; 0 where there is none."""
+    words = next((line.split() for line in data.splitlines() if line.startswith(b"MemAvailable:")), [])
+    return int(words[1]) << 10 if len(words) > 1 and words[1].isdigit() else 0

@@ -1,0 +1,139 @@
+"""The agent's own processes, where its memcg may not be frozen: who they are, and signals that reach exactly them.
+
+A process is a pid and the start ticks of /proc/PID/stat. Never one of governor's own processes, nor those that they
+descend from, nor process 1. Imported by the real-time process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Stat(NamedTuple):
+    """The start of /proc/PID/stat; start in clock ticks since boot."""
+
+    pid: int
+    parent_pid: int
+    start_ticks: int
+    state: str  # one letter; T: stopped, t: traced, Z: ended
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it cannot run now anyway, and waking it up is somebody else's right."""
+        return self.state in "TtZX"
+
+
+def parse_stat(pid: int, data: bytes) -> Stat | None:
+    """A line of /proc/PID/stat; the name in it may hold anything. None for what is none."""
+    fields = data.rpartition(b")")[2].split()
+    if len(fields) < 20:
+        return None
+    return Stat(pid, int(fields[1]), int(fields[19]), fields[0].decode())
+
+
+def read_stat(pid: int) -> Stat | None:
+    """One process; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  no pathlib here
+            return parse_stat(pid, file.read())
+    except OSError:
+        return None
+
+
+def memcg_pids(path: str) -> list[int]:
+    """Pids of all processes in a memcg and the memcgs below it; those outside our PID namespace are left out."""
+    pids: list[int] = []
+    directories = [path]
+    while directories:
+        directory = directories.pop()
+        try:
+            with open(f"{directory}/cgroup.procs", "rb") as listed:  # noqa: PTH123  no pathlib here
+                pids += [int(pid) for pid in listed.read().split() if pid != b"0"]
+            with os.scandir(directory) as entries:
+                directories += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+    return pids
+
+
+def members(root_pid: int, memcg_path: str, governor_pid: int) -> list[Stat]:
+    """An agent and all that descends from it in the memcg, parents first; empty while it is not known (0).
+
+    Without those that are not to be touched.
+    """
+    if root_pid <= 0:
+        return []
+    found = _read(set(memcg_pids(memcg_path)))
+    untouchable = _untouchable(found, governor_pid, root_pid)
+    return [found[pid] for pid in _descent(found, root_pid) if pid in found and pid not in untouchable]
+
+
+def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
+    """The oldest process of a memcg, without those that are not to be touched; None when there is no other."""
+    found = _read(set(memcg_pids(memcg_path)))
+    untouchable = _untouchable(found, governor_pid)
+    others = [stat for stat in found.values() if stat.pid not in untouchable and stat.state not in "ZX"]
+    return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
+
+
+def _read(pids: set[int]) -> dict[int, Stat]:
+    return {pid: stat for pid in pids if (stat := read_stat(pid))}
+
+
+def _descent(found: dict[int, Stat], root_pid: int) -> list[int]:
+    """A pid and those of its descendants, parents first."""
+    children: dict[int, list[int]] = {}
+    for stat in found.values():
+        children.setdefault(stat.parent_pid, []).append(stat.pid)
+    listed = [root_pid]
+    for pid in listed:
+        listed += children.pop(pid, [])
+    return listed
+
+
+def _untouchable(found: dict[int, Stat], governor_pid: int, agent_pid: int = 0) -> set[int]:
+    """governor, all that it descends from, process 1, and governor's children, unless the agent is one of them."""
+    chain = [governor_pid]
+    while (stat := read_stat(chain[-1])) and stat.parent_pid not in (0, *chain):
+        chain.append(stat.parent_pid)
+    children = _descent(found, governor_pid)
+    return {1, os.getpid(), *chain, *(children if agent_pid not in children[1:] else ())}
+
+
+def send(pid: int, start_ticks: int, number: int) -> bool:
+    """Signal this very process, through a pidfd; False when it is gone, or may not be signalled."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        stat = read_stat(pid)  # after the pidfd was opened: the pid cannot be another process's any more
+        if stat is None or stat.start_ticks != start_ticks:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def stop(root_pid: int, memcg_path: str, governor_pid: int, write_down: Callable[[int, int], bool]) -> int:
+    """SIGSTOP to an agent's processes, each written down before; how many were stopped.
+
+    Looks a second time for what was forked meanwhile. What `write_down` refuses is left running.
+    """
+    stopped = 0
+    seen: set[tuple[int, int]] = set()
+    for _ in range(2):
+        for stat in members(root_pid, memcg_path, governor_pid):
+            process = (stat.pid, stat.start_ticks)
+            if process in seen or stat.stopped:
+                continue
+            seen.add(process)
+            if write_down(*process):
+                stopped += send(*process, signal.SIGSTOP)
+    return stopped
