@@ -76,7 +76,8 @@ def sources() -> list[str]:
 class Governed:
     """A `governor guard` of a memcg, as a user starts it, and its journal."""
 
-    def __init__(self, memcg: Path, *options: object, archive: str = "") -> None:
+    def __init__(self, memcg: Path, *options: object, source: str = "bpf", archive: str = "") -> None:
+        """Returns once it protects by `source`."""
         self.scratch = tempfile.TemporaryDirectory(prefix="governor-bench-")
         directory = Path(self.scratch.name)
         self.journal, self.log = directory / "journal", directory / "log"
@@ -85,16 +86,16 @@ class Governed:
         environment = {**os.environ, "XDG_STATE_HOME": str(directory)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stderr=log, env=environment)
-        self.wait_for("protecting")
+        self.wait_for("protecting", source=source)
 
     def lines(self, *kinds: str) -> list[dict]:
         whole = self.journal.read_bytes().rpartition(b"\n")[0] if self.journal.exists() else b""
         read = [json.loads(line) for line in whole.splitlines()]
         return [line for line in read if not kinds or line["kind"] in kinds]
 
-    def wait_for(self, kind: str, seconds: float = PATIENCE_S) -> None:
-        until = time.monotonic() + seconds
-        while not self.lines(kind):
+    def wait_for(self, kind: str, **wanted: object) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not any(all(line.get(key) == value for key, value in wanted.items()) for line in self.lines(kind)):
             if self.process.poll() is not None or time.monotonic() > until:
                 sys.exit(f"scripts/bench: governor guard said nothing of {kind!r}:\n{self.log.read_text()}")
             time.sleep(0.05)

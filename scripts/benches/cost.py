@@ -1,6 +1,7 @@
 """What the BPF programs cost: their run time by the kernel's own count, and allocation with and without them.
 
-Throughput is compared in pairs, one right after the other in the same process; which comes first alternates.
+Compared in pairs, one right after the other in the same process; which comes first alternates. CPU time of that
+process, so that others on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benches.common import MIB, Governed, at, loaded, memcg, remove, table, where
+from benches.common import MIB, Governed, at, loaded, memcg, table, where
 
 INSTANCE = "bench"
-LIMIT_MIB, BLOCK_MIB, FILE_MIB = 256, 96, 400
+LIMIT_MIB, BLOCK_MIB, FILE_MIB = 64, 16, 96
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 BPF_TRACE_FENTRY = 24
 IDLE_S = 30.0
@@ -62,22 +63,22 @@ def _fdinfo(fd: int) -> dict[str, int]:
 
 
 class Worker:
-    """A process in the memcg that does one of the works when told to, and says how long it took."""
+    """A process in the memcg that does its work when told to, and says how long it took."""
 
-    def __init__(self, pod: Path, works: list[Callable[[], None]]) -> None:
+    def __init__(self, pod: Path, work: Callable[[], None]) -> None:
         self._commands, commands = os.pipe()[::-1]
         replies, self._replies = os.pipe()[::-1]
         self.pid = os.fork()
         if self.pid == 0:
             (pod / "cgroup.procs").write_text(str(os.getpid()))
-            while data := os.read(commands, 1):
-                begun_ns = time.perf_counter_ns()
-                works[data[0]]()
-                os.write(replies, (time.perf_counter_ns() - begun_ns).to_bytes(8, "little"))
+            while os.read(commands, 1):
+                begun_ns = time.process_time_ns()
+                work()
+                os.write(replies, (time.process_time_ns() - begun_ns).to_bytes(8, "little"))
             os._exit(0)
 
-    def took_ns(self, work: int) -> int:
-        os.write(self._commands, bytes([work]))
+    def took_ns(self) -> int:
+        os.write(self._commands, b".")
         return int.from_bytes(os.read(self._replies, 8), "little")
 
 
@@ -105,14 +106,14 @@ def works(scratch: Path) -> dict[str, Callable[[], None]]:
     return {f"touch {BLOCK_MIB} MiB": touch, f"read a {FILE_MIB} MiB file": read}
 
 
-def pairs(programs: Programs, worker: Worker, work: int, count: int) -> list[tuple[int, int]]:
+def pairs(programs: Programs, worker: Worker, count: int) -> list[tuple[int, int]]:
     """(nanoseconds with, nanoseconds without) for each pair."""
     found = []
     for number in range(-1, count):
         took = {}
         for attached in (True, False) if number % 2 else (False, True):
             (programs.attach if attached else programs.detach)()
-            took[attached] = worker.took_ns(work)
+            took[attached] = worker.took_ns()
             programs.detach()
         if number >= 0:  # the first one warms up
             found.append((took[True], took[False]))
@@ -152,45 +153,47 @@ def cost(quick: bool) -> None:
     directory = loaded(INSTANCE)
     print(f"{where()}, {LIMIT_MIB} MiB\n", flush=True)
     scratch = Path("/var/tmp")
-    count = 10 if quick else 60
-    todo = works(scratch)
+    compared: list[list[object]] = []
+    counts: list[list[object]] = []
     try:
-        with memcg("cost", LIMIT_MIB) as pod:
-            watch(directory, pod)
-            programs = Programs(bpflib.open_libbpf(), directory)
-            worker = Worker(pod, list(todo.values()))
-            rows: list[list[object]] = []
-            for number, name in enumerate(todo):
-                found = pairs(programs, worker, number, count if number == 0 else count // 3)
+        programs = Programs(bpflib.open_libbpf(), directory)
+        for (name, work), count in zip(works(scratch).items(), (40, 5) if quick else (300, 30), strict=True):
+            with memcg("cost", LIMIT_MIB) as pod:
+                watch(directory, pod)
+                worker = Worker(pod, work)
+                found = pairs(programs, worker, count)
                 with_ms, without_ms = (statistics.median(pair[side] for pair in found) / 1e6 for side in (0, 1))
                 ratios = sorted(100 * (a / b - 1) for a, b in found)
                 spread = f"{at(ratios, 0.25):+.2f} to {at(ratios, 0.75):+.2f}"
-                rows.append([name, len(found), f"{without_ms:.1f}", f"{with_ms:.1f}"])
-                rows[-1] += [f"{100 * (with_ms / without_ms - 1):+.2f}", f"{statistics.median(ratios):+.2f}", spread]
-            head = ["work", "pairs", "ms without", "ms with", "% of medians", "% median of pairs", "middle half, %"]
-            table(head, rows)
-            counted(programs, worker, list(todo))
-            remove(pod)
+                compared.append([name, len(found), f"{without_ms:.1f}", f"{with_ms:.1f}"])
+                compared[-1] += [
+                    f"{100 * (with_ms / without_ms - 1):+.2f}",
+                    f"{statistics.median(ratios):+.2f}",
+                    spread,
+                ]
+                counts += counted(programs, worker, name)
     finally:
         pins.unload(INSTANCE)
         (scratch / f"governor-bench-large-{os.getpid()}").unlink(missing_ok=True)
+    head = ["work", "pairs", "ms without", "ms with", "% of medians", "% median of pairs", "middle half, %"]
+    table(head, compared)
+    table(["work", "program", "runs", "ns a run", "% of the time"], counts)
     idle(5 if quick else IDLE_S)
 
 
-def counted(programs: Programs, worker: Worker, names: list[str]) -> None:
-    """The kernel's own count of what the programs ran, per work; counting makes each run slower by itself."""
+def counted(programs: Programs, worker: Worker, name: str) -> list[list[object]]:
+    """The kernel's own count of what the programs ran; counting makes each run slower by itself."""
     rows: list[list[object]] = []
     programs.attach()
+    before = programs.runs()
     with statistics_on():
-        for number, name in enumerate(names):
-            before = programs.runs()
-            took_ns = worker.took_ns(number)
-            for program, (runs, run_ns) in programs.runs().items():
-                ran, spent_ns = runs - before[program][0], run_ns - before[program][1]
-                each = f"{spent_ns / ran:.0f}" if ran else ""
-                rows.append([name, program, ran, each, f"{100 * spent_ns / took_ns:.3f}"])
+        took_ns = worker.took_ns()
+    for program, (runs, run_ns) in programs.runs().items():
+        ran, spent_ns = runs - before[program][0], run_ns - before[program][1]
+        each = f"{spent_ns / ran:.0f}" if ran else ""
+        rows.append([name, program, ran, each, f"{100 * spent_ns / took_ns:.3f}"])
     programs.detach()
-    table(["work", "program", "runs", "ns a run", "% of the time"], rows)
+    return rows
 
 
 def idle(seconds: float) -> None:

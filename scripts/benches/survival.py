@@ -18,20 +18,20 @@ LIMITS_MIB = (256, 1024)
 RATES_MB = (10, 20, 60, 200, 0)  # 0: as fast as the machine can
 PEAKS = (0.93, 0.96, 0.98)
 PEAK_RATES_MB = (20, 0)
-POLLER = 'extends = "seed"\n[signals]\ninterval = "15s"\nraised_interval = "15s"\n'
+POLLER = "15 s poller"
+POLLER_POLICY = 'extends = "seed"\n[signals]\ninterval = "15s"\nraised_interval = "15s"\n'
 INSTANCE = "bench"
 DEATHS = ("killed", "terminating", "oom_kill")
 
 
-def options_for(way: str, directory: Path) -> list[object]:
-    """What to add to `governor guard` for one of the ways to govern."""
-    several = len(sources()) > 1
-    if way == "15 s poller":
+def govern(pod: Path, way: str, directory: Path) -> Governed:
+    """A guard as one of the ways has it."""
+    source, options = way, ["--instance", INSTANCE] if way == "bpf" else []
+    if way == POLLER:
         policy = directory / "poller.toml"
-        policy.write_text(POLLER)
-        return ["--policy", policy, *(["--source", "poll"] if several else ["--instance", INSTANCE])]
-    instance = ["--instance", INSTANCE] if way == "bpf" else []
-    return [*instance, *(["--source", way] if several else [])]
+        policy.write_text(POLLER_POLICY)
+        source, options = "poll", ["--policy", policy]
+    return Governed(pod, "--source", source, *options, source=source, archive=f"{directory}/*.jsonl")
 
 
 def growth(way: str, limit_mib: int, rate_mb: int, chance: random.Random) -> tuple[str, bool]:
@@ -43,8 +43,8 @@ def growth(way: str, limit_mib: int, rate_mb: int, chance: random.Random) -> tup
         governed = None
         try:
             if way != "ungoverned":
-                governed = Governed(pod, *options_for(way, directory), archive=f"{directory}/*.jsonl")
-                if way == "15 s poller":
+                governed = govern(pod, way, directory)
+                if way == POLLER:
                     time.sleep(chance.uniform(0, 15))  # growth begins at any moment of its interval
             agent.go(2 * limit_mib)
             status = agent.process.wait()
@@ -68,7 +68,7 @@ def peak(way: str, limit_mib: int, ratio: float, rate_mb: int, burst: str) -> tu
     with memcg("peak", limit_mib) as pod, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         agent = Agent(pod, directory, burst, "--start-mb", int(START_RATIO * limit_mib), "--rate-mb", rate_mb)
-        governed = Governed(pod, *options_for(way, directory), archive=f"{directory}/*.jsonl")
+        governed = govern(pod, way, directory)
         try:
             begun = time.monotonic()
             agent.go(int((ratio * limit_mib * MIB - unreclaimable_bytes(pod)) / MIB))
@@ -90,7 +90,7 @@ def survival(quick: bool) -> None:
     rates = (20, 200, 0) if quick else RATES_MB
     chance = random.Random(1)
     governing = sources()
-    ways = ["ungoverned", "15 s poller", *governing]
+    ways = ["ungoverned", POLLER, *governing]
     print(f"{where()}; growth from {START_RATIO:.0%} of max on\n", flush=True)
     loaded(INSTANCE)
     begun = time.monotonic()
