@@ -157,7 +157,7 @@ def cost(quick: bool) -> None:
     counts: list[list[object]] = []
     try:
         programs = Programs(bpflib.open_libbpf(), directory)
-        for (name, work), count in zip(works(scratch).items(), (40, 5) if quick else (300, 30), strict=True):
+        for (name, work), count in zip(works(scratch).items(), (40, 5) if quick else (150, 15), strict=True):
             with memcg("cost", LIMIT_MIB) as pod:
                 watch(directory, pod)
                 worker = Worker(pod, work)
