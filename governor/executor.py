@@ -280,4 +280,8 @@ def _why(ended: Ended) -> str:
     """What a child left to say, in a line's length."""
     if ended.over_deadline:
         return "it was over its deadline"
+    if ended.flooded:
+        return "it printed too much and was ended"
+    if ended.note:
+        return ended.note
     return f"status {ended.status}: {ended.output.decode(errors='replace').strip()[-300:]}"

@@ -165,13 +165,16 @@ def rule(before: Phase, event: Event, after: Phase, instructions: tuple[Instruct
 def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     """What an earlier governor left, taken up again: it may have died in the middle of anything.
 
-    What was held is on probation (whoever survived has thawed it), what was asked of nobody knows whom has failed;
-    the grace of an agent that was told to end goes on, if it is still the same.
+    What was held is on probation (whoever survived has thawed it). A delivery that was under way may have reached the
+    agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed. The
+    grace of an agent that was told to end goes on, if it is still the same.
     """
     state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
     if state.phase is Phase.TERMINATING and not same_agent:
         return _agent_ended(state)
-    state = replace(_disturbed(state), compact=_lost(state.compact), clear=_lost(state.clear), shed_ns=None)
+    state = _disturbed(state)
+    compact, clear = (_lost(tiers.interrupted(tier, now_ns)) for tier in (state.compact, state.clear))
+    state = replace(state, compact=compact, clear=clear, shed_ns=None)
     if state.phase is Phase.HELD:
         return replace(state, phase=Phase.PROBATION, probation_ns=now_ns)
     return state

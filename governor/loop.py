@@ -129,7 +129,7 @@ class Loop:
         self._sampled_rate: int | None = None  # bytes per second between the last two samples
         self._journaled_ns: int | None = None
         self._journaled_ratio = 0.0
-        self._save_failed = False
+        self._save_failed = self._unreadable = False
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
@@ -372,8 +372,12 @@ class Loop:
             if not self._memcg.exists():
                 self._note("memcg_gone", "the memcg is gone: leaving")
                 self._stopping = True
+            elif not self._unreadable:
+                self._note("unreadable", "the memory of this memcg cannot be read: nothing is decided until it can")
+            self._unreadable = True
             self._feed(model.Sampled(None, _now_ns()))
             return
+        self._unreadable = False
         if self._last is not None:
             grown_bytes = max(0, state.unreclaimable_bytes - self._last.unreclaimable_bytes)
             self._sampled_rate = grown_bytes * SECOND // max(1, now_ns - self._last_ns)

@@ -96,6 +96,7 @@ def begun(
         status=Status.RUNNING,
         began_ns=tier.began_ns if again else now_ns,
         tried_ns=now_ns,
+        at_bytes=memory.unreclaimable_bytes,
         isolated=True,
     )
     return running, (Deliver(name, reason),)
@@ -109,6 +110,13 @@ def answered(tier: TierState, status: Status, memory: MemoryState | None, now_ns
         held_bytes = memory.unreclaimable_bytes if memory else 0
         return replace(tier, status=status, at_ns=now_ns, delivered_ns=now_ns, at_bytes=held_bytes)
     return replace(tier, status=status, at_ns=now_ns)
+
+
+def interrupted(tier: TierState, now_ns: int) -> TierState:
+    """Governor died while it delivered: nobody knows whether it was, so it counts as delivered."""
+    if tier.status is not Status.RUNNING:
+        return tier
+    return replace(tier, status=Status.DELIVERED, at_ns=now_ns, delivered_ns=now_ns, isolated=False)
 
 
 def judged(

@@ -1,9 +1,10 @@
 """An agent-like process: keeps a session file, saves it on SIGTERM, and bursts when told to.
 
-    agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--total-mb N] [--begin FILE]
+    agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--start-mb N] [--total-mb N] [--begin FILE]
 
-BURST is one of the names in BURSTS, or "none". It says "ready" on standard output, waits for --begin to exist
-(or for nothing), and bursts as fast as it can, or at --rate-mb. A thread's burst leaves the main thread free to
+BURST is one of the names in BURSTS, or "none". It fills --start-mb, says "ready" on standard output, waits for
+--begin to exist (a number in it replaces --total-mb), or for nothing, and bursts as fast as it can, or at --rate-mb.
+A thread's burst leaves the main thread free to
 handle SIGTERM. Standard library only; the same program serves the tests, the demo and the benches.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -32,6 +34,7 @@ libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -43,8 +46,8 @@ def anonymous(size: int, flags: int = 0) -> int:
     return address
 
 
-def touch(total: int, rate: float = 0) -> None:
-    """Plain pages, by C, so that it is as fast as the machine."""
+def touch(total: int, rate: float = 0) -> int:
+    """Plain pages, by C, so that it is as fast as the machine; their address."""
     address = anonymous(total)
     libc.madvise(address, total, MADV_NOHUGEPAGE)
     started = time.monotonic()
@@ -52,6 +55,21 @@ def touch(total: int, rate: float = 0) -> None:
         libc.memset(address + offset, 1, min(CHUNK, total - offset))
         if rate:
             time.sleep(max(0.0, started + offset / rate - time.monotonic()))
+    return address
+
+
+def peak(total: int, rate: float = 0) -> None:
+    """As touch, and lets go half a second later."""
+    address = touch(total, rate)
+    time.sleep(0.5)
+    libc.munmap(address, total)
+
+
+def waves(total: int, rate: float = 0) -> None:
+    """Peaks of half the total to all of it, over and over."""
+    while True:
+        peak(int(total * random.uniform(0.5, 1.0)), rate)
+        time.sleep(random.uniform(0.0, 0.5))
 
 
 def huge(total: int, rate: float = 0) -> None:
@@ -114,7 +132,7 @@ def populate(total: int, rate: float = 0) -> None:
     anonymous(total, MAP_POPULATE)
 
 
-BURSTS = {f.__name__: f for f in (touch, huge, read, tmpfs, threads, processes, tool, populate)}
+BURSTS = {f.__name__: f for f in (touch, peak, waves, huge, read, tmpfs, threads, processes, tool, populate)}
 
 
 def main() -> None:
@@ -123,6 +141,7 @@ def main() -> None:
     parser.add_argument("burst", choices=[*BURSTS, "none"])
     parser.add_argument("--save-s", type=float, default=0.0)
     parser.add_argument("--rate-mb", type=float, default=0.0)
+    parser.add_argument("--start-mb", type=int, default=0)
     parser.add_argument("--total-mb", type=int, default=1024)
     parser.add_argument("--begin", default="")
     parser.add_argument("--turns", type=int, default=200)
@@ -137,14 +156,19 @@ def main() -> None:
 
     def save(*_: object) -> None:
         time.sleep(options.save_s)
-        with open(options.session + ".saved", "w") as saved:
+        with open(options.session + ".saved", "a") as saved:
             saved.write("saved on SIGTERM\n")
         os._exit(143)
 
     signal.signal(signal.SIGTERM, save)
+    if options.start_mb:
+        touch(options.start_mb << 20)
     print("ready", flush=True)
     while options.begin and not os.path.exists(options.begin):
         time.sleep(0.02)
+    if options.begin:
+        with open(options.begin) as begin:
+            options.total_mb = int(begin.read() or options.total_mb)
     if options.burst != "none":
         burst = BURSTS[options.burst]
         # Not in the main thread: Python handles signals there, between two of its instructions.

@@ -1,0 +1,132 @@
+"""What is saved: growth at several rates, ungoverned, beside a plain poller, and governed by each source.
+
+Then peaks that end by themselves: how many of them cost the agent or a tool its life.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import tempfile
+import time
+from pathlib import Path
+
+from benches.common import MIB, Agent, Governed, loaded, memcg, sources, table, unreclaimable_bytes, where
+
+START_RATIO = 0.6  # below every level: what matters comes after
+LIMITS_MIB = (256, 1024)
+RATES_MB = (10, 20, 60, 200, 0)  # 0: as fast as the machine can
+PEAKS = (0.93, 0.96, 0.98)
+PEAK_RATES_MB = (20, 0)
+POLLER = "15 s poller"
+POLLER_POLICY = 'extends = "seed"\n[signals]\ninterval = "15s"\nraised_interval = "15s"\n'
+INSTANCE = "bench"
+DEATHS = ("killed", "terminating", "oom_kill")
+
+
+def govern(pod: Path, way: str, directory: Path) -> Governed:
+    """A guard as one of the ways has it."""
+    source, options = way, ["--instance", INSTANCE] if way == "bpf" else []
+    if way == POLLER:
+        policy = directory / "poller.toml"
+        policy.write_text(POLLER_POLICY)
+        source, options = "poll", ["--policy", policy]
+    return Governed(pod, "--source", source, *options, source=source, archive=f"{directory}/*.jsonl")
+
+
+def growth(way: str, limit_mib: int, rate_mb: int, chance: random.Random) -> tuple[str, bool]:
+    """One run: what became of it, and whether the session was saved before the end."""
+    with memcg("growth", limit_mib) as pod, tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        start_mib = int(START_RATIO * limit_mib)
+        agent = Agent(pod, directory, "touch", "--start-mb", start_mib, "--rate-mb", rate_mb)
+        governed = None
+        try:
+            if way != "ungoverned":
+                governed = govern(pod, way, directory)
+                if way == POLLER:
+                    time.sleep(chance.uniform(0, 15))  # growth begins at any moment of its interval
+            agent.go(2 * limit_mib)
+            status = agent.process.wait()
+            time.sleep(0.5)  # the journal tells of the end
+            archived = governed.lines("archived")[:1] if governed else []
+            deaths = governed.lines(*DEATHS)[:1] if governed else []
+            first = bool(archived and deaths and archived[0]["monotonic_ns"] < deaths[0]["monotonic_ns"])
+            events = (pod / "memory.events").read_text().split()
+            kills = int(events[events.index("oom_kill") + 1])
+            exit_status = 128 - status if status < 0 else status
+            told = [f"exit {exit_status}", f"{kills} oom_kill"] + ["handler ran"] * agent.saved
+            return ("archived, " if first else "") + ", ".join(told), first or agent.saved
+        finally:
+            agent.end()
+            if governed:
+                governed.stop()
+
+
+def peak(way: str, limit_mib: int, ratio: float, rate_mb: int, burst: str) -> tuple[list[str], float]:
+    """The actions that a peak cost, and how long it took; none was needed."""
+    with memcg("peak", limit_mib) as pod, tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        agent = Agent(pod, directory, burst, "--start-mb", int(START_RATIO * limit_mib), "--rate-mb", rate_mb)
+        governed = govern(pod, way, directory)
+        try:
+            begun = time.monotonic()
+            agent.go(int((ratio * limit_mib * MIB - unreclaimable_bytes(pod)) / MIB))
+            assert agent.process.stdout
+            select.select([agent.process.stdout], [], [], 60)  # over, or ended
+            took_s = time.monotonic() - begun
+            time.sleep(2)  # for what follows late
+            actions = [line["kind"] for line in governed.lines("braked", "shed", "terminating", "killed")]
+            return actions, took_s
+        finally:
+            agent.end()
+            governed.stop()
+
+
+def survival(quick: bool) -> None:
+    from governor import pins
+
+    limits = LIMITS_MIB[:1] if quick else LIMITS_MIB
+    rates = (20, 200, 0) if quick else RATES_MB
+    chance = random.Random(1)
+    governing = sources()
+    ways = ["ungoverned", POLLER, *governing]
+    print(f"{where()}; growth from {START_RATIO:.0%} of max on\n", flush=True)
+    loaded(INSTANCE)
+    begun = time.monotonic()
+    saved = dict.fromkeys(ways, 0)
+    rows: list[list[object]] = []
+    try:
+        for limit_mib in limits:
+            for rate_mb in rates:
+                row: list[object] = [limit_mib, rate_mb or "full speed"]
+                for way in ways:
+                    told, kept = growth(way, limit_mib, rate_mb, chance)
+                    saved[way] += kept
+                    row.append(told)
+                    print(f"  {limit_mib} MiB, {rate_mb or 'full speed'}, {way}: {told}", flush=True)
+                rows.append(row)
+        rows.append(["saved", "", *(f"{saved[way]} of {len(limits) * len(rates)}" for way in ways)])
+        print()
+        table(["max, MiB", "MB/s", *ways], rows)
+        peaks(governing, quick)
+    finally:
+        pins.unload(INSTANCE)
+    print(f"{time.monotonic() - begun:.0f} s")
+
+
+def peaks(governing: list[str], quick: bool) -> None:
+    rows: list[list[object]] = []
+    for ratio in PEAKS[1:2] if quick else PEAKS:
+        for rate_mb in PEAK_RATES_MB:
+            row: list[object] = [f"{ratio:.2f}", rate_mb or "full speed"]
+            for way in governing:
+                actions, took_s = peak(way, LIMITS_MIB[0], ratio, rate_mb, "peak")
+                needless = [name for name in actions if name != "braked"]
+                brakes = actions.count("braked")
+                told = ", ".join(dict.fromkeys(needless)) or "lives"
+                row.append(f"{told}; {brakes} brakes, {took_s:.1f} s")
+                print(f"  peak {ratio}, {rate_mb or 'full speed'}, {way}: {row[-1]}", flush=True)
+            rows.append(row)
+    print(f"\nPeaks that end by themselves half a second later, {LIMITS_MIB[0]} MiB:\n")
+    table(["of max", "MB/s", *governing], rows)
