@@ -21,13 +21,15 @@ class AgentProcess:
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
+        self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
 
     def find(self) -> bool:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
         found = processes.read_process(self._wanted_pid or self._leading_pid())
-        if not found:
+        stat = subtree.read_stat(found.pid) if found else None
+        if not found or not stat or stat.state in "ZX":
             self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
             return False
         try:
@@ -50,8 +52,14 @@ class AgentProcess:
         return self.pid, self.start_ticks
 
     def patterns(self, globs: Sequence[str]) -> list[Pattern]:
-        """Globs with this agent's home for `~`; without an agent those with `~` are left out."""
-        return [parse_pattern(glob, self._home) for glob in globs if self.pidfd >= 0 or glob[0] != "~"]
+        """Globs with this agent's home for `~`; without an agent those with `~` are left out.
+
+        Links in their fixed part are resolved once: what the container makes of it later is not followed.
+        """
+        wanted = tuple(glob for glob in globs if self.pidfd >= 0 or glob[0] != "~")
+        if wanted not in self._patterns:
+            self._patterns = {wanted: [parse_pattern(glob, self._home) for glob in wanted]}
+        return self._patterns[wanted]
 
     def ask_to_end(self) -> bool:
         """SIGTERM; False when there is nobody to take it."""
@@ -61,5 +69,6 @@ class AgentProcess:
         """It ended."""
         with suppress(OSError):
             os.close(self.pidfd)
-        self.pid = self.start_ticks = 0
+        self.pid = self.start_ticks = self._wanted_pid = 0
         self.pidfd = -1
+        self._patterns = {}

@@ -34,6 +34,7 @@ __all__ = ["ArchiveError", "Entry", "Manifest", "names", "prune", "read_manifest
 _PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
 _FILE_LIMIT_BYTES = 512 << 20
+_SKIPPED_LIMIT = 10_000  # named in a manifest
 _DEADLINE_S = 20.0  # then the archive is closed with what it has
 _ABANDONED_S = 3600.0
 _FRESH_NS = 20_000_000  # of a time stamp: the kernel's own steps are up to 10 ms
@@ -157,8 +158,12 @@ def _write_to(
 def _fill(tar: tarfile.TarFile, matches: Iterable[Found], contents: _Contents, known: dict[str, Entry]) -> None:
     until = time.monotonic() + _DEADLINE_S
     for found in matches:
+        if time.monotonic() > until and len(contents.skipped) >= _SKIPPED_LIMIT:
+            contents.complete = False
+            break
         if found.fd is None:
-            contents.skipped[found.path] = found.skipped
+            if len(contents.skipped) < _SKIPPED_LIMIT:
+                contents.skipped[found.path] = found.skipped
             continue
         try:
             status = os.fstat(found.fd)

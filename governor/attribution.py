@@ -24,10 +24,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from governor.actions.processes import Process, leader, read_process
+from governor.actions.processes import Process, anonymous_bytes, leader, read_process
 from governor.cgroup import parse_flat_keyed
 from governor.model import Growth
-from governor.record import PAGE_BYTES
 from governor.subtree import memcg_pids
 
 BUDGET_NS = 5_000_000
@@ -197,7 +196,8 @@ class Attribution:
 
     def _see(self, pid: int, now_ns: int) -> None:
         process = read_process(pid)
-        if process is None:
+        ours = process and os.getpid() in (pid, process.parent_pid) and pid != self._agent_pid
+        if process is None or ours:  # neither governor nor its children are anybody's burst
             self._seen.pop(pid, None)
             return
         seen, unchanged = self._seen.get(pid), False
@@ -208,7 +208,7 @@ class Attribution:
         elif seen.process.forked_only and not process.forked_only:  # a new image holds nothing of the old one
             seen.history = deque([(now_ns, 0)])
         seen.process = process
-        held_bytes = seen.held_bytes if unchanged else _anonymous_bytes(pid)
+        held_bytes = seen.held_bytes if unchanged else anonymous_bytes(pid)
         if held_bytes is not None:
             seen.history.append((now_ns, held_bytes))
             _forget_old(seen.history, now_ns)
@@ -255,18 +255,6 @@ def _forget_old(history: deque[tuple[int, int]], now_ns: int) -> None:
     """Keep the newest entry that is BASELINE_NS old, and what came after it."""
     while len(history) > 1 and history[1][0] <= now_ns - BASELINE_NS:
         history.popleft()
-
-
-def _anonymous_bytes(pid: int) -> int | None:
-    try:
-        fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _, resident, shared, *_ = os.read(fd, 256).split()
-        finally:
-            os.close(fd)
-    except (OSError, ValueError):
-        return None
-    return max(0, int(resident) - int(shared)) * PAGE_BYTES
 
 
 def _process_of(tid: int) -> int:

@@ -109,7 +109,8 @@ class Children:
         """A descriptor of the poller is ready; not one of ours: nothing happens."""
         child, _ = self._running.get(fd, (None, None))
         if child and fd == child.pidfd:
-            self._end(child, over_deadline=False)
+            if select.select([fd], [], [], 0)[0]:  # the poll may have meant another one's, closed since
+                self._end(child, over_deadline=False)
         elif child and not child.drain():
             self._forget(fd)
         elif child and child.floods:

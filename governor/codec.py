@@ -11,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+_LARGEST = 1 << 62  # what is larger was not written by us, and JSON could not hold what comes of it
+
 
 def plain(value: Any) -> Any:
     """What JSON can hold; raises nothing for the values of `model` and `policy`."""
@@ -49,7 +51,7 @@ def restored(kind: Any, value: Any) -> Any:
         return kind(value)
     if type(value) is int and kind is float:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is int and abs(value) > _LARGEST):
         raise ValueError(f"found {value!r}, expected {kind.__name__}")
     return value
 

@@ -6,9 +6,9 @@ Whatever may take long runs in a child with a deadline. Nothing that goes wrong 
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,9 +25,9 @@ from governor.children import Child, Children, Ended, fork
 from governor.codec import plain
 from governor.journal import say
 from governor.limits import Limits
-from governor.manifest import read_manifest
+from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
-from governor.policy import SECOND, Policy
+from governor.policy import SECOND, Policy, levels
 from governor.session_files import CREDENTIALS
 
 SLOT = 0
@@ -59,6 +59,7 @@ class Executor:
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
+    _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
     _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
@@ -100,10 +101,20 @@ class Executor:
         return self.limits.memory_state(time.monotonic_ns())
 
     def usual_levels(self) -> None:
-        """Undo throttle and raised levels."""
-        if self.policy.brake.enabled:
-            ppm = round(self.policy.brake.engage_ratio * record.PPM)
-            self.send(link.Thaw(SLOT, ppm, -1, True, False).encode())
+        """Undo throttle and raised levels; whatever the policy says now, it may have said something else before."""
+        self._raised = None
+        ppm = levels(self.policy).engage_ppm[record.LEVEL_BRAKE - 1]
+        self.send(link.Thaw(SLOT, ppm, -1, True, False).encode())
+
+    def levels_again(self, phase: model.Phase) -> None:
+        """After reflex was given the usual levels: those of a probation or a termination, which only reflex knew."""
+        if phase is model.Phase.WATCHING or not self.policy.brakes:
+            self.usual_levels()
+        elif phase is not model.Phase.HELD:
+            last_ppm = round(self.policy.terminate.last_ratio * record.PPM)
+            ends = phase is model.Phase.TERMINATING
+            raised = self._raised or link.Thaw(SLOT, last_ppm, 0, False, ends)
+            self.send(raised._replace(high_bytes=0).encode())
 
     def _pretend(self, instruction: model.Instruction) -> None:
         name = type(instruction).__name__.lower()
@@ -115,9 +126,12 @@ class Executor:
                 self.feed(model.Archived(True, self.look()))
             case model.Terminate():
                 self.feed(model.AgentEnded())
+            case model.Thaw() | model.UsualLevels():  # held before the policy became a dry run
+                self.usual_levels()
 
     def _thaw(self, thaw: model.Thaw) -> None:
-        if not self.policy.brake.enabled:
+        if not self.policy.brakes:  # held before the policy said so
+            self.usual_levels()
             return
         say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
@@ -125,7 +139,8 @@ class Executor:
             knobs.squeeze(self.limits.own_high_bytes(high_bytes))  # here: it may take long, and reflex has no time
             knobs.close()
             high_bytes = 0
-        self.send(link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word).encode())
+        self._raised = link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word)
+        self.send(self._raised.encode())
 
     # Tiers 1 and 2
 
@@ -175,7 +190,10 @@ class Executor:
         exclude = (*CREDENTIALS, *policy.exclude)
 
         def work() -> bytes:
-            since = read_manifest(place, base) if base else None
+            since = None
+            if base:
+                with suppress(ArchiveError):  # gone or damaged: then in full
+                    since = read_manifest(place, base)
             made = archive.write(
                 self.archive_directory,
                 patterns,
@@ -190,7 +208,7 @@ class Executor:
             fallback = made.facts.get("fallback", {})
             directory = Path(fallback.get("directory", self.archive_directory))
             pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
-            told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": pruned}
+            told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": len(pruned)}
             return orjson.dumps(told | {"files": len(made.files), "skipped": len(made.skipped)} | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
@@ -214,7 +232,12 @@ class Executor:
     def _shed(self, shed: model.Shed) -> None:
         self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
         killed = processes.kill_tree(
-            self.cgroup, shed.culprit_pid, shed.culprit_start_ticks, (self.agent.pid,), shed.members
+            self.cgroup,
+            shed.culprit_pid,
+            shed.culprit_start_ticks,
+            (self.agent.pid,),
+            shed.members,
+            self.agent.pid,
         )
         what = ", ".join(f"{process.comm} ({process.pid})" for process in killed) or "nobody: it had ended"
         self.note("shed", f"SIGKILL to {what}", pids=[process.pid for process in killed])
@@ -222,7 +245,7 @@ class Executor:
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
-        for process in self._kill_bursting(max_bytes):
+        for process in processes.kill_bursting(self._within_reach(), self.agent.pid, max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
         pid, told = self.agent.pid, f"governor: terminated: {reason}"
@@ -235,24 +258,20 @@ class Executor:
         sent = self.agent.ask_to_end()
         whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
         self.note("terminating", f"{whom}: {reason}", sent=sent)
-        self.feed(model.Signalled())
+        self.feed(model.Signalled(self.look()))
 
-    def _kill_bursting(self, max_bytes: int) -> Iterator[processes.Process]:
+    def _within_reach(self) -> list[processes.Process]:
+        """The whole memcg; where governor may not freeze that, the agent's own processes."""
         if self.brake == FREEZE:
-            yield from processes.kill_bursting(self.cgroup, self.agent.pid, max_bytes)
-            return
-        for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()):
-            process = processes.read_process(stat.pid)
-            if not process or stat.pid == self.agent.pid:
-                continue
-            bursting = process.rss_bytes > processes.BURSTING_RATIO * max_bytes
-            if bursting and subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL):
-                yield process
+            return processes.processes(self.cgroup)
+        own = (processes.read_process(stat.pid) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()))
+        return [process for process in own if process]
 
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
         own = (*self.remembered(), self.agent.identity)
-        processes.sweep(self.cgroup, self.brake == FREEZE, own, (), self.limits.own.directory_fd)
+        fd = self.limits.own.directory_fd
+        processes.sweep(self.cgroup, self.brake == FREEZE, own, (), fd, self.agent.pid)
 
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:

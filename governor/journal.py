@@ -57,23 +57,25 @@ class Journal:
         self._path, self._target, self._first = path, target, first
         self._failed = self._torn = False
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = self._open()
+        self._fd = self._open(path)
 
     def begin(self) -> None:
         """Write the line that `replay` starts from."""
         self.write("begin", **self._first())
 
-    def _open(self) -> int:
+    def _open(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return os.open(self._path, flags, 0o600)
+        return os.open(path, flags, 0o600)
 
     def _rotate(self) -> None:
+        fresh = self._path.with_name(f".{self._path.name}.new")
+        fd = self._open(fresh)  # first: where that fails, everything stays as it is
         for number in range(self.KEEP, 0, -1):
             older = self._path.with_name(f"{self._path.name}.{number}")
             newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
             if newer.exists():
                 newer.rename(older)
-        fd = self._open()
+        fresh.rename(self._path)
         os.close(self._fd)
         self._fd = fd
         self.begin()

@@ -89,11 +89,13 @@ TRANSITIONS = (
     Transition(_W, Braked, "no room, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
     Transition(_W, AgentEnded, "", _W, (UsualLevels,)),
     Transition(_H, Archived, "there is room", _P, (Thaw,)),
+    Transition(_H, Archived, "it grew on although frozen, and the growth is a tool's", _H, (Shed,)),
     Transition(_H, Archived, "no room, or braked again in probation", _T, (Terminate,)),
     Transition(_H, Archived, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Shedded, "nothing was there to be killed, archived", _T, (Terminate,)),
     Transition(_H, Shedded, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Sampled, "the tool's memory came back", _P, (Thaw,)),
+    Transition(_H, Sampled, "no archive came, and the growth is a tool's", _H, (Shed,)),
     Transition(_H, Sampled, "it did not come back, or no archive came", _T, (Terminate,)),
     Transition(_H, Sampled, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Thawed, "the loan was over", _P),
@@ -143,8 +145,8 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
             return _decide(state, None, now_ns, policy) if state.archived else (state, ())
         case Thawed() if state.phase is Phase.HELD:
             return _running(state, Phase.PROBATION, now_ns), ()
-        case Signalled() if state.phase is Phase.TERMINATING:
-            return _signalled(state, policy)
+        case Signalled(state=memory) if state.phase is Phase.TERMINATING:
+            return _signalled(replace(state, signalled=True), memory, policy)
         case Answered(tier=Tier.COMPACT, status=status, state=memory):
             return replace(state, compact=tiers.answered(state.compact, status, memory, now_ns)), ()
         case Answered(tier=Tier.CLEAR, status=status, state=memory):
@@ -167,7 +169,8 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
 
     What was held is on probation (whoever survived has thawed it). A delivery that was under way may have reached the
     agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed. The
-    grace of an agent that was told to end goes on, if it is still the same.
+    grace of an agent that was told to end goes on, if it is still the same; if it was not told yet, that is decided
+    anew.
     """
     state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
     if state.phase is Phase.TERMINATING and not same_agent:
@@ -175,7 +178,7 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     state = _disturbed(state)
     compact, clear = (_lost(tiers.interrupted(tier, now_ns)) for tier in (state.compact, state.clear))
     state = replace(state, compact=compact, clear=clear, shed_ns=None)
-    if state.phase is Phase.HELD:
+    if state.phase is Phase.HELD or (state.phase is Phase.TERMINATING and not state.signalled):
         return replace(state, phase=Phase.PROBATION, probation_ns=now_ns)
     return state
 
@@ -195,6 +198,7 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
         held_ns=now_ns,
         archived=False,
         shed_ns=None,
+        shed_tried=False,
         must_terminate=again,
         compact=tiers.queued(tiers.disturbed(state.compact), policy.compact, memory, now_ns),
     )
@@ -202,7 +206,7 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     if not again and _has_room(event, policy):
         return state, (Archive(where),)
     if (shed := _shed(event, policy)) and not _vetoed(state, now_ns):
-        return replace(state, shed_ns=now_ns), (Archive(where), shed)
+        return replace(state, shed_ns=now_ns, shed_tried=True), (Archive(where), shed)
     if forbidden:
         return state, (Archive(where),)
     hold = Prolong(policy.archive.deadline_ns + policy.archive.deadline_ns // 2)
@@ -249,6 +253,8 @@ def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy
     recovered = memory.unreclaimable_ratio < min(policy.brake.release_ratio, held.state.unreclaimable_ratio)
     if recovered or not (state.must_terminate or not _has_room(held, policy)):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
+    if not state.shed_tried and not _vetoed(state, now_ns) and (shed := _shed(held, policy)):
+        return replace(state, shed_ns=now_ns, shed_tried=True), (shed,)
     why = "it did not end by itself" if state.must_terminate else "no room to let it run on"
     if forbidden := _forbidden(state, now_ns, policy):
         state, thaw = _probation(state, memory, now_ns, policy, forbidden)
@@ -256,7 +262,7 @@ def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy
             return state, thaw
         told = NothingLeft(f"{why}, at {_percent(memory)} of max; {forbidden}")
         return replace(state, told_ns=now_ns), (*thaw, told)
-    state = replace(state, phase=Phase.TERMINATING, terminated_ns=now_ns, killed=False)
+    state = replace(state, phase=Phase.TERMINATING, terminated_ns=now_ns, signalled=False, killed=False)
     return state, (Terminate(f"{why}; at {_percent(memory)} of max; compact: {state.compact.status.value}"),)
 
 
@@ -287,10 +293,10 @@ def _running(state: State, phase: Phase, now_ns: int) -> State:
 # The end
 
 
-def _signalled(state: State, policy: Policy) -> Step:
+def _signalled(state: State, fresh: MemoryState | None, policy: Policy) -> Step:
     held = state.held
     assert held
-    if held.state.unreclaimable_ratio >= policy.terminate.last_ratio:
+    if (fresh or held.state).unreclaimable_ratio >= policy.terminate.last_ratio:
         return _kill(state, "no room for the agent to end by itself")
     if not held.frozen:
         return state, ()
@@ -430,7 +436,7 @@ def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step
     if since(state.terminate_engaged_ns, now_ns) < policy.terminate.dwell_ns or state.terminate_engaged_ns is None:
         return state, ()
     ratio = memory.unreclaimable_ratio
-    if policy.brake.enabled and not policy.dry_run:
+    if policy.brakes:
         on_probation = state.phase is Phase.PROBATION
         just_told = bool(_forbidden(state, now_ns, policy)) and since(state.told_ns, now_ns) < MINUTE
         if ratio < (policy.terminate.last_ratio if on_probation else policy.brake.engage_ratio) or just_told:

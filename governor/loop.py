@@ -50,6 +50,7 @@ from governor.veto import Veto
 
 _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
 _AFTER_FAULT_S = 0.1
+_HELD_BUDGET_NS = 100 * MS  # for finding out whose growth it is, while nothing grows
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
@@ -213,6 +214,10 @@ class Loop:
             self._note("policy_refused", f"the policy stays as it was: {error}")
             return
         self._reflex.send(link.encode_levels(link.SET_LEVELS, SLOT, policy.levels(self._policy)))
+        self._executor.levels_again(self._state.phase)
+        if self._state.phase is Phase.HELD and not self._policy.brakes:
+            self._executor.usual_levels()
+            self._feed(model.Thawed())
         text = f"policy {self._policy.name!r} was read again from {self._guard.policy}"
         self._note("policy", text, path=self._guard.policy, policy=plain(self._policy))
 
@@ -272,7 +277,7 @@ class Loop:
                     self._feed(model.Thawed())
             case link.Adopted(ok=True, source=source, brake=brake):
                 self._protecting(source, brake)
-                self._executor.usual_levels()  # and undo what an earlier run left
+                self._executor.levels_again(self._state.phase)  # and undo what an earlier run left
             case link.Adopted(ok=False):
                 self._note("unprotected", "reflex cannot watch this memcg: only sampling is left")
             case link.Source(source=source, brake=brake):
@@ -330,7 +335,7 @@ class Loop:
         text = f"braked: {how}{took} at {100 * ratio:.1f} % of {max_mib} MiB{by}"
         self._note("braked", text, **braked._asdict())
         rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid)
+        growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
         self._feed(model.Braked(braked.state, rate, braked.frozen, growth))
 
     # The agent
@@ -342,6 +347,7 @@ class Loop:
         self._attribution = Attribution(self._guard.cgroup, self._agent.pid)
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, self._agent.pid))
         pid, globs = self._agent.pid, self._policy.archive.globs
+        self._agent.patterns(globs)
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
 
     def _agent_ended(self) -> None:
@@ -420,7 +426,7 @@ class Loop:
         try:
             state_file.save(self._state_path, state_file.Saved(self._guard.cgroup, self._agent.identity, self._state))
             self._save_failed = False
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # what cannot be saved must not keep us from acting
             if not self._save_failed:
                 self._note("state_not_saved", f"the state cannot be saved: {error}; going on without it")
             self._save_failed = True

@@ -129,7 +129,9 @@ class Shedded:
 
 @dataclass(frozen=True, slots=True)
 class Signalled:
-    """SIGTERM is on its way to the agent."""
+    """SIGTERM is on its way to the agent; with a fresh look, None where there is none."""
+
+    state: MemoryState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,8 +312,10 @@ class State:
     archived: bool = False  # since the last brake
     must_terminate: bool = False
     shed_ns: int | None = None
+    shed_tried: bool = False  # since the last brake
     probation_ns: int | None = None  # its begin
     terminated_ns: int | None = None  # SIGTERM: the grace counts from here
+    signalled: bool = False  # SIGTERM was sent
     killed: bool = False
     veto_from_ns: int | None = None
     veto_for_ns: int = 0

@@ -151,13 +151,18 @@ class Policy:
     archive: Archive = field(default_factory=Archive)
     select: Select = field(default_factory=Select)
 
+    @property
+    def brakes(self) -> bool:
+        """Whether anything is ever held."""
+        return self.brake.enabled and not self.dry_run
+
 
 _NEVER_RATIO = 2.0
 
 
 def levels(policy: Policy) -> Levels:
     """The levels at which reflex is to hear of crossings."""
-    brakes = policy.brake.enabled and not policy.dry_run
+    brakes = policy.brakes
     last = (policy.brake.engage_ratio, policy.terminate.last_ratio) if brakes else (_NEVER_RATIO, _NEVER_RATIO)
     last_release_ratio = (policy.brake.engage_ratio + policy.terminate.last_ratio) / 2
     return Levels(

@@ -205,6 +205,8 @@ class Reflex:
             return
         governed = Governed(slot, knobs, levels, self._poller, with_psi=self._wanted != "poll")
         self._governed[knobs.memcg.cgroup_id] = governed
+        if knobs.frozen_by_us:  # by an earlier reflex that was killed: lent for no longer than by this one
+            governed.loan.begin(time.monotonic_ns())
         ok = self._verify(governed, hear_again=True) is not None
         governed.told = self._source(governed)
         self._tell(link.Adopted(slot, ok, *governed.told).encode())

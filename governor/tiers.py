@@ -58,7 +58,7 @@ def advanced(tier: TierState, delivery: Delivery, now_ns: int) -> TierState:
 def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, now_ns: int) -> bool:
     """Whether to deliver now, as far as this tier's own history goes.
 
-    At `end_ratio` nothing waits for a cooldown: what is terminated there has to be asked before.
+    At `end_ratio` nothing waits for a dwell or a cooldown: what is terminated there has to be asked before.
     """
     if tier.engaged_ns is None:
         return False
@@ -66,7 +66,7 @@ def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, 
         return True
     if tier.status is Status.DEFERRED:
         return since(tier.tried_ns, now_ns) >= delivery.retry_ns
-    if since(tier.engaged_ns, now_ns) < delivery.dwell_ns:
+    if since(tier.engaged_ns, now_ns) < delivery.dwell_ns and ratio < end_ratio:
         return False
     cooled = since(tier.delivered_ns, now_ns) >= delivery.cooldown_ns
     if tier.status is Status.NONE:

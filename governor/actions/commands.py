@@ -123,7 +123,7 @@ def signal_agent(pidfd: int, pid: int, name: str) -> Ended:
     except KeyError:
         raise ValueError(f"found signal {name!r}, expected a name as SIGUSR1") from None
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return Ended(1, b"the agent is gone", over_deadline=False)
     masks = {line[:6]: int(line[7:], 16) for line in status.splitlines() if line[:6] in ("SigCgt", "SigBlk")}

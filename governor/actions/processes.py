@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from governor.record import PAGE_BYTES
 from governor.subtree import memcg_pids
 
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
@@ -54,6 +55,19 @@ def read_process(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), int(fields[19]), comm, int(fields[21]) * _PAGE_BYTES, forked_only)
 
 
+def anonymous_bytes(pid: int) -> int | None:
+    """Resident less shared pages of one process; None when it is gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _, resident, shared, *_ = os.read(fd, 256).split()
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):
+        return None
+    return max(0, int(resident) - int(shared)) * PAGE_BYTES
+
+
 def processes(path: str) -> list[Process]:
     """All processes of a memcg that could be read."""
     return [process for pid in memcg_pids(path) if (process := read_process(pid))]
@@ -61,7 +75,7 @@ def processes(path: str) -> list[Process]:
 
 def leader(path: str) -> Process | None:
     """The process that the memcg was made for: the oldest whose parent is outside, or what it merely wraps."""
-    found = processes(path)
+    found = [process for process in processes(path) if process.rss_bytes]  # without those that ended
     pids = {process.pid for process in found}
     tops = [process for process in found if process.parent_pid not in pids]
     top = min(tops, key=lambda process: (process.start_ticks, process.pid), default=None)
@@ -102,7 +116,7 @@ def ask_to_end(pidfd: int, pid: int) -> bool:
     which sleeps on (measured on 6.12: one time in fourteen).
     """
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")  # the name in it may be cut in a character
     except OSError:
         return False
     if _blocks(status, signal.SIGTERM):  # it is meant for a signalfd, or for a thread that waits for signals
@@ -121,11 +135,19 @@ def _blocks(status: str, number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def kill_bursting(path: str, spare_pid: int, max_bytes: int) -> Iterator[Process]:
-    """SIGKILL every process but the agent that holds more than BURSTING_RATIO of max; who was hit."""
-    for process in processes(path):
-        bursting = process.pid != spare_pid and process.rss_bytes > BURSTING_RATIO * max_bytes
-        if bursting and send(process.pid, signal.SIGKILL):
+def kill_bursting(found: Iterable[Process], spare_pid: int, max_bytes: int) -> Iterator[Process]:
+    """SIGKILL every process found that holds more than BURSTING_RATIO of max by itself; who was hit.
+
+    Never the agent (`spare_pid`), what it descends from (a wrapper may be the container's process 1), or governor.
+    """
+    spared = _with_ancestors({spare_pid, os.getpid()})
+    for process in found:
+        held_bytes = anonymous_bytes(process.pid) or 0  # mapped files are not what burst
+        if (
+            process.pid not in spared
+            and held_bytes > BURSTING_RATIO * max_bytes
+            and send(process.pid, signal.SIGKILL)
+        ):
             yield process
 
 
@@ -149,19 +171,21 @@ def kill_tree(
     root_start_ticks: int,
     spare: Collection[int],
     remembered: Collection[tuple[int, int]] = (),
+    agent_pid: int = 0,
 ) -> list[Process]:
     """SIGKILL a process and all that descends from it, within a memcg; who was hit.
 
     `remembered` are (pid, start) of further members that another process has adopted (attribution.Growth.members).
-    Never hit: `spare`, governor and PID 1, what descends from them, and their ancestors; a root that has one of them
-    below it loses only the rest of its tree. Every process is held by pidfd, found to be the one meant by its start,
-    and found in the memcg once more, before it is hit. What forks meanwhile, in a memcg that is not frozen, is found
-    by looking again, a few times, unless its parent has died since.
+    Never hit: `spare`, governor and PID 1, what descends from them (but for the agent and its tools, where governor
+    started it), and their ancestors; a root that has one of them below it loses only the rest of its tree. Every
+    process is held by pidfd, found to be the one meant by its start, and found in the memcg once more, before it is
+    hit. What forks meanwhile, in a memcg that is not frozen, is found by looking again, a few times, unless its
+    parent has died since.
     """
     keys = {(root_pid, root_start_ticks), *remembered}
     hit: dict[tuple[int, int], Process] = {}
     for _ in range(_KILL_ROUNDS):
-        found = _tree(processes(memcg_path), keys, spare)
+        found = _tree(processes(memcg_path), keys, spare, agent_pid)
         keys |= found.keys()
         killed = _kill_verified(memcg_path, [process for key, process in found.items() if key not in hit])
         if not killed:
@@ -176,6 +200,7 @@ def sweep(
     subtree: Collection[tuple[int, int]],
     spare: Collection[int] = (),
     directory_fd: int = -1,
+    agent_pid: int = 0,
 ) -> list[Process]:
     """Kill what is left: the whole memcg where it is `owned`, else `subtree` and what descends from it.
 
@@ -185,18 +210,22 @@ def sweep(
         left = processes(f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else memcg_path)
         kill_memcg(memcg_path, directory_fd)
         return left
-    return kill_tree(memcg_path, 0, 0, spare, subtree)
+    return kill_tree(memcg_path, 0, 0, spare, subtree, agent_pid)
 
 
 def _tree(
-    found: list[Process], keys: Collection[tuple[int, int]], spare: Collection[int]
+    found: list[Process], keys: Collection[tuple[int, int]], spare: Collection[int], agent_pid: int
 ) -> dict[tuple[int, int], Process]:
     """Of the processes found those in `keys` and their descendants, down to whoever must not be hit."""
-    spared = {1, os.getpid(), *spare}
-    protected = _with_ancestors(spared)
     children: dict[int, list[Process]] = {}
     for process in found:
         children.setdefault(process.parent_pid, []).append(process)
+    spared = {1, os.getpid(), *spare}
+    protected = _with_ancestors(spared)
+    own = [process for process in children.get(os.getpid(), []) if process.pid != agent_pid]
+    for process in own:  # reflex, archives, commands, and what these started
+        spared.add(process.pid)
+        own += [child for child in children.get(process.pid, []) if child.pid != agent_pid]
     tree: dict[tuple[int, int], Process] = {}
     waiting = [process for process in found if (process.pid, process.start_ticks) in keys]
     while waiting:

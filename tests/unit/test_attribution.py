@@ -201,6 +201,7 @@ def test_growth_is_against_a_look_a_second_old_not_the_first(puppets, family):
     assert grown.window_ns == SECOND
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_a_look_goes_on_where_the_budget_ended_it(puppets, family):
     agent, tool, _, looked = family
     sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(8)]
@@ -238,6 +239,7 @@ def test_what_proc_cannot_show_is_put_to_whom_was_charged(puppets, family, charg
     assert (grown.agent_grown_bytes >= 58_000_000) == (charging == "agent")
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_a_thread_stands_for_its_process(puppets):
     agent = puppets.start()
     tool = subprocess.Popen(

@@ -69,6 +69,7 @@ def lives(*pids):
     return all((found := processes.read_process(pid)) and found.rss_bytes for pid in pids)
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_a_tree_dies_and_nobody_else(chains):
     agent, tool, compiler, linker = chains.start(4)
     (other,) = chains.start(1)
@@ -102,6 +103,7 @@ def test_another_process_of_that_pid_lives(chains):
     assert lives(tool)
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_what_moved_away_lives(chains):
     tool, compiler = chains.start(2)
     chains.hold(tool)
@@ -109,6 +111,7 @@ def test_what_moved_away_lives(chains):
     assert dies(tool) and lives(compiler)
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_what_moves_away_at_the_last_moment_lives(chains, monkeypatch):
     tool, compiler = chains.start(2)
     chains.hold(tool, compiler)
@@ -124,6 +127,7 @@ def test_what_moves_away_at_the_last_moment_lives(chains, monkeypatch):
     assert dies(tool) and lives(compiler)
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_the_remembered_die_with_what_descends_from_them(chains):
     adopted, inner = chains.start(2)
     chains.hold(adopted, inner)
@@ -131,6 +135,7 @@ def test_the_remembered_die_with_what_descends_from_them(chains):
     assert {process.pid for process in hit} == {adopted, inner}
 
 
+@pytest.mark.usefixtures("governor_is_elsewhere")
 def test_a_sweep_of_what_is_not_ours_takes_the_subtree(chains):
     agent, tool = chains.start(2)
     (other,) = chains.start(1)

@@ -201,6 +201,17 @@ def test_what_grows_although_frozen_is_terminated_after_the_archive():
     assert Run().then(braked(0.72), StillGrowing(), Archived(True)).names() == ["Archive", "Terminate"]
 
 
+def test_a_tool_that_grows_although_frozen_is_shed_not_the_agent():
+    run = Run().then(braked(0.91, 10, growth=tool()), StillGrowing(), Archived(True))
+    assert run.names() == ["Archive", "Shed"]
+    assert run.then(Shedded(1)).at(0.4).names()[-1] == "Thaw"
+
+
+def test_what_was_killed_beside_the_agent_makes_room_for_its_handler():
+    run = Run().then(braked(0.98), Archived(True), Signalled(memory(0.6)))
+    assert run.names()[-1] == "Thaw"
+
+
 def test_what_cannot_be_frozen_has_its_grace_and_is_killed_at_the_last_level():
     run = Run().then(braked(0.93, frozen=False), Archived(True), Signalled())
     assert run.names()[-1] == "Terminate"
@@ -394,6 +405,12 @@ def test_without_a_brake_samples_lead_to_the_end_but_compact_comes_first():
     run.then(Archived(True), Signalled())
     assert run.names()[-1] == "Terminate"
     assert run.at(0.93, 15).names()[-1] == "Kill"
+
+
+def test_without_a_brake_a_long_dwell_does_not_keep_the_end_away():
+    policy = replace(NO_BRAKE, compact=replace(NO_BRAKE.compact, dwell_ns=10 * MINUTE))
+    assert Run(policy).at(0.75, 60).names() == []
+    assert Run(policy).at(0.92, 5).names() == ["Deliver"]
 
 
 def test_without_a_brake_a_cooling_compact_does_not_keep_the_end_away():
@@ -620,7 +637,14 @@ def reachable_states():
         model.TierState(Status.DELIVERED, at_ns=long_ago, engaged_ns=long_ago),
         model.TierState(Status.FAILED, at_ns=now_ns - 10 * SECOND, engaged_ns=long_ago),
     ]
-    helds = [braked(0.72), braked(0.92), braked(0.98), braked(0.92, frozen=False), braked(0.98, frozen=False)]
+    helds = [
+        braked(0.72),
+        braked(0.92),
+        braked(0.92, 10, growth=tool()),
+        braked(0.98),
+        braked(0.92, frozen=False),
+        braked(0.98, frozen=False),
+    ]
     for phase in Phase:
         for compact in compacts:
             for held in helds:
@@ -635,7 +659,7 @@ def reachable_states():
                         held_ns=long_ago,
                         archived=bool(flags & 2),
                         shed_ns=long_ago if flags & 4 else None,
-                        must_terminate=bool(flags & 4),
+                        must_terminate=bool(flags & 5),
                         probation_ns=long_ago,
                         terminated_ns=long_ago,
                         killed=bool(flags & 1),

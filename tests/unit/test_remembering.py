@@ -52,6 +52,13 @@ def test_foreign_values_are_refused_not_raised_on(value):
     assert isinstance(found, State)
 
 
+def test_numbers_that_json_cannot_hold_later_are_refused():
+    values = plain(State())
+    values["compact"]["useless_trials"] = 2**64 - 1
+    with pytest.raises(ValueError, match="expected int"):
+        restored(State, values)
+
+
 def saved(state=None):
     return Saved(TARGET, (17, 4711), state or State(in_episode=True, veto_from_ns=5, veto_for_ns=6))
 
@@ -125,6 +132,8 @@ def test_a_governor_that_comes_back_goes_on_where_it_can():
     terminating = Run().then(braked(0.95), Archived(True), Signalled())
     resumed = ladder.resumed(terminating.state, True, terminating.now_ns)
     assert Run(state=resumed).at(0.9, 11).names() == ["Kill"]
+    decided = Run().then(braked(0.95), Archived(True))  # killed before it had sent SIGTERM
+    assert ladder.resumed(decided.state, True, decided.now_ns).phase is Phase.PROBATION
     assert ladder.resumed(terminating.state, False, terminating.now_ns).phase is Phase.WATCHING
     vetoed = Run().then(model.Vetoed(10 * SECOND))
     assert ladder.resumed(vetoed.state, True, vetoed.now_ns).veto_for_ns == 0  # it may have been ended meanwhile
