@@ -33,10 +33,11 @@ class Programs:
         self._links: list[int] = []
         for pin in sorted(directory.glob("*/link-*")):
             link_fd = lib.bpf_obj_get(str(pin).encode())
-            program_id = _fdinfo(link_fd)["prog_id"]
-            self.fds[f"{pin.parent.name}: {pin.name.rpartition('-')[2]}"] = lib.bpf_prog_get_fd_by_id(program_id)
+            program_fd = lib.bpf_prog_get_fd_by_id(_fdinfo(link_fd)["prog_id"])
+            self.fds[f"{pin.parent.name}: {pin.name.rpartition('-')[2]}"] = program_fd
             pin.unlink()
             os.close(link_fd)  # the last one: detached
+            lib.bpf_obj_pin(program_fd, str(pin).encode())  # in its place, so that reflex sees nothing missing
 
     def attach(self) -> None:
         for name, fd in self.fds.items():
@@ -121,30 +122,22 @@ def pairs(programs: Programs, worker: Worker, count: int) -> list[tuple[int, int
 
 
 @contextmanager
+def guarded(pod: Path) -> Iterator[Governed]:
+    """Watched and read as in use: reflex answers when the programs ask for memory.stat."""
+    governed = Governed(pod, "--instance", INSTANCE)
+    try:
+        yield governed
+    finally:
+        governed.stop()
+
+
+@contextmanager
 def statistics_on() -> Iterator[None]:
     STATS.write_text("1")
     try:
         yield
     finally:
         STATS.write_text("0")
-
-
-def watch(directory: Path, pod: Path) -> None:
-    """As reflex does it: the memcg is watched, and somebody reads."""
-    from governor import bpflib, record
-
-    lib = bpflib.open_libbpf()
-    key = record.CGROUP_ID.pack(pod.stat().st_ino)
-    verified = record.Verified(0, 0, LIMIT_MIB * MIB // record.PAGE_BYTES)
-    config = record.Config(time.monotonic_ns(), 3600 * 10**9).encode()
-    for module in ("charge", "stall", "victim"):
-        if not (directory / module).is_dir():
-            continue
-        bpflib.PinnedMap(lib, f"{directory}/{module}/config").update(record.CONFIG_KEY, config)
-        if module != "victim":
-            bpflib.PinnedMap(lib, f"{directory}/{module}/track").update(key, bytes(record.TRACK.size))
-            value = record.encode_watch(record.Levels(), verified, 1)
-            bpflib.PinnedMap(lib, f"{directory}/{module}/watch").update(key, value)
 
 
 def cost(quick: bool) -> None:
@@ -158,8 +151,7 @@ def cost(quick: bool) -> None:
     try:
         programs = Programs(bpflib.open_libbpf(), directory)
         for (name, work), count in zip(works(scratch).items(), (40, 5) if quick else (150, 15), strict=True):
-            with memcg("cost", LIMIT_MIB) as pod:
-                watch(directory, pod)
+            with memcg("cost", LIMIT_MIB) as pod, guarded(pod):
                 worker = Worker(pod, work)
                 found = pairs(programs, worker, count)
                 with_ms, without_ms = (statistics.median(pair[side] for pair in found) / 1e6 for side in (0, 1))
@@ -172,13 +164,14 @@ def cost(quick: bool) -> None:
                     spread,
                 ]
                 counts += counted(programs, worker, name)
+        programs.attach()
+        idle(5 if quick else IDLE_S)
     finally:
         pins.unload(INSTANCE)
         (scratch / f"governor-bench-large-{os.getpid()}").unlink(missing_ok=True)
     head = ["work", "pairs", "ms without", "ms with", "% of medians", "% median of pairs", "middle half, %"]
     table(head, compared)
     table(["work", "program", "runs", "ns a run", "% of the time"], counts)
-    idle(5 if quick else IDLE_S)
 
 
 def counted(programs: Programs, worker: Worker, name: str) -> list[list[object]]:
@@ -203,15 +196,11 @@ def idle(seconds: float) -> None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    with memcg("idle", LIMIT_MIB) as pod:
-        governed = Governed(pod)
-        try:
-            pids = {"reflex": governed.reflex_pid(), "governor": governed.process.pid}
-            time.sleep(3)
-            before = {name: cpu_s(pid) for name, pid in pids.items()}
-            time.sleep(seconds)
-            spent = {name: cpu_s(pid) - before[name] for name, pid in pids.items()}
-        finally:
-            governed.stop()
+    with memcg("idle", LIMIT_MIB) as pod, guarded(pod) as governed:
+        pids = {"reflex": governed.reflex_pid(), "governor": governed.process.pid}
+        time.sleep(3)
+        before = {name: cpu_s(pid) for name, pid in pids.items()}
+        time.sleep(seconds)
+        spent = {name: cpu_s(pid) - before[name] for name, pid in pids.items()}
     told = ", ".join(f"{name} {s:.2f} s ({100 * s / seconds:.2f} % of a CPU)" for name, s in spent.items())
-    print(f"idle for {seconds:g} s, CPU time: {told}")
+    print(f"idle for {seconds:g} s, CPU time: {told}\n")

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from conftest import AGENT, Guard, wait_for
 
-from governor import archive, state_file
+from governor import archive, cgroup, state_file
 
 COUNT = int(os.environ.get("GOVERNOR_STORM_COUNT", "0"))
 SEED = int(os.environ.get("GOVERNOR_STORM_SEED") or time.time())
@@ -133,6 +134,7 @@ def test_nothing_is_stranded_done_twice_or_forgotten(container, tmp_path, loaded
     assert [line["kind"] for line in lines].count("deliver") <= 1  # one that was killed on its way is not made again
     assert not (tmp_path / "done").exists() or (tmp_path / "done").read_text().split() == ["compact"]
     assert pod.events()["oom_kill"] == 0
+    assert list(Path(cgroup.ROOT).glob("governor-exec-*")) == []
     for name in archive.names(storm.governor.directory):
         archive.verify(storm.governor.directory, name)
     replayed = subprocess.run(["governor", "replay", storm.governor.journal_path], capture_output=True, text=True)
