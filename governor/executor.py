@@ -218,7 +218,8 @@ class Executor:
         if ended.ok:
             made = orjson.loads(ended.output)
             what = "changed session files" if made["base"] else "session files"
-            where = f" in {made['directory']} ({made['refused']})" if "refused" in made else ""
+            refused = "; ".join(f"{place}: {why}" for place, why in made.get("refused", {}).items())
+            where = f" in {made['directory']} ({refused})" if refused else ""
             self.note("archived", f"archived {made['files']} {what} as {made['name']}{where}", **made)
             if not made["files"] and not made["base"]:
                 say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")

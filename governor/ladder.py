@@ -57,6 +57,7 @@ from governor.tiers import since
 Step = tuple[State, tuple[Instruction, ...]]
 
 ACTIONS = (Deliver, HoldNow, Thaw, Shed, Terminate, Kill)
+_ASKED = (Status.RUNNING, Status.DEFERRED, Status.DELIVERED)  # and its effect is not known yet
 _CALM_NS = 10 * SECOND  # below the release level for so long ends an episode
 _STALL_COUNTS_NS = 2 * SECOND
 _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
@@ -465,7 +466,8 @@ def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step
 def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
     ratio, end_ratio = memory.unreclaimable_ratio, policy.terminate.engage_ratio
     due = tiers.is_due(state.compact, policy.compact, ratio, end_ratio, now_ns)
-    if not due or _vetoed(state, now_ns) or state.clear.warned_ns is not None:
+    clearing = state.clear.warned_ns is not None or state.clear.status in _ASKED
+    if not due or _vetoed(state, now_ns) or clearing:
         return replace(state, compact=replace(state.compact, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use"
     compact, instructions = tiers.begun(Tier.COMPACT, state.compact, policy.compact, memory, now_ns, reason)

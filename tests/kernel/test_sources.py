@@ -103,7 +103,7 @@ def test_where_bpf_is_refused_the_reason_is_said_and_psi_stays(container, plain_
     governor.stop()
     forced = plain_guard(pod, "--source", "bpf", wrap=NO_BPF)
     assert forced.process.wait(timeout=20) == 1
-    assert "--source bpf allows nothing else" in forced.log()
+    assert "source bpf allows nothing else" in forced.log()
 
 
 def test_a_read_only_cgroup_tree_stops_the_agent_instead(container, plain_guard, tmp_path):
@@ -188,7 +188,7 @@ def test_from_inside_the_memcg_without_root(container, scratch, plain_guard):
     begin.touch()
     is_saved(governor, agent, pod)
     governor.await_line("agent_ended")
-    assert state_of(governor.process.pid) == "S"
+    assert state_of(governor.process.pid) != "T"
     assert governor.stop() == 0
 
 
