@@ -257,9 +257,16 @@ class Family:
     def tell(self, *pids):
         (self.path / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
 
-    def states(self):
-        time.sleep(0.05)  # a stop takes effect when the process is next about to run
-        return [subtree.read_stat(pid).state for pid in (self.agent.pid, self.child_pid, self.stranger.pid)]
+    def are(self, *states):
+        """Whether the agent, its child and the stranger come into these states: a stop takes a moment."""
+        until = time.monotonic() + 5
+        time.sleep(0.05)
+        while time.monotonic() < until:
+            pids = (self.agent.pid, self.child_pid, self.stranger.pid)
+            if [subtree.read_stat(pid).state for pid in pids] == list(states):
+                return True
+            time.sleep(0.02)
+        return False
 
     def close(self):
         os.kill(self.child_pid, signal.SIGKILL)
@@ -284,32 +291,32 @@ def test_only_the_agents_own_processes_are_stopped_and_go_on(tmp_path, family):
     knobs.set_agent(family.agent.pid, os.getpid())
     assert knobs.brake == STOP
     assert knobs.freeze()
-    assert family.states() == ["T", "T", "S"]
+    assert family.are("T", "T", "S")
     assert KnobFile(str(tmp_path / "knobs")).restore_all() == [f"{family.path}: 2 processes go on"]
-    assert family.states() == ["S", "S", "S"]
+    assert family.are("S", "S", "S")
     assert not knobs.frozen_by_us
     assert not knobs.thaw()
 
 
 def test_who_was_stopped_by_somebody_else_stays_stopped(tmp_path, family):
     os.kill(family.child_pid, signal.SIGSTOP)
-    assert family.states()[1] == "T"
+    assert family.are("S", "T", "S")
     knobs = knobs_of(tmp_path, family.path)
     knobs.set_agent(family.agent.pid, os.getpid())
     assert knobs.freeze()
     assert knobs.thaw()
-    assert family.states() == ["S", "T", "S"]
+    assert family.are("S", "T", "S")
 
 
 def test_processes_go_on_though_their_memcg_is_gone(tmp_path, family):
     knobs = knobs_of(tmp_path, family.path)
     knobs.set_agent(family.agent.pid, os.getpid())
     assert knobs.freeze()
-    assert family.states() == ["T", "T", "S"]
+    assert family.are("T", "T", "S")
     for name in ("memory.stat", "memory.current", "memory.max"):
         (family.path / name).unlink()
     KnobFile(str(tmp_path / "knobs")).restore_all()
-    assert family.states() == ["S", "S", "S"]
+    assert family.are("S", "S", "S")
 
 
 def test_governor_its_parents_and_its_children_are_never_touched(family):
@@ -346,7 +353,7 @@ def test_a_memcg_that_may_be_frozen_is(tmp_path, family):
     assert knobs.brake == FREEZE
     knobs.set_agent(family.agent.pid, os.getpid())
     assert knobs.freeze()
-    assert family.states() == ["S", "S", "S"]
+    assert family.are("S", "S", "S")
     assert (family.path / "cgroup.freeze").read_text() == "1"
 
 
@@ -366,8 +373,8 @@ def test_a_slot_for_another_memcg_first_lets_go_on_who_was_stopped(tmp_path, fam
     knobs = knobs_of(tmp_path, family.path)
     knobs.set_agent(family.agent.pid, os.getpid())
     assert knobs.freeze()
-    assert family.states() == ["T", "T", "S"]
+    assert family.are("T", "T", "S")
     other = tmp_path / "other"
     other.mkdir()
     KnobFile(str(tmp_path / "knobs")).adopt(0, str(other), 7)
-    assert family.states() == ["S", "S", "S"]
+    assert family.are("S", "S", "S")
