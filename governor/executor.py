@@ -278,11 +278,14 @@ class Executor:
         if not ended.ok:
             self.note("termination_log_failed", f"the termination log cannot be written: {_why(ended)}")
 
-    def agent_ended(self, state: model.State) -> None:
-        """What a terminated agent leaves behind has no further grace; what its handler wrote is archived."""
+    def sweep(self, state: model.State) -> None:
+        """What a terminated agent leaves behind has no further grace."""
+        if state.phase is model.Phase.TERMINATING and self.policy.terminate.sweep:
+            self._kill_all()
+
+    def archive_the_end(self, state: model.State) -> None:
+        """What the handler of a terminated agent wrote; the next agent's first archive is a full one."""
         if state.phase is model.Phase.TERMINATING:
-            if self.policy.terminate.sweep:
-                self._kill_all()
             self._archive("after the agent's end", state)
         self._full = self._full[0], ""
 

@@ -352,12 +352,13 @@ class Loop:
 
     def _agent_ended(self) -> None:
         self._poller.unregister(self._agent.pidfd)
-        pid, phase = self._agent.pid, self._state.phase
-        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=phase.value)
-        self._executor.agent_ended(self._state)
+        pid, state = self._agent.pid, self._state
+        self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=state.phase.value)
+        self._executor.sweep(state)
+        self._feed(model.AgentEnded())
+        self._executor.archive_the_end(state)
         self._agent.forget()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
-        self._feed(model.AgentEnded())
 
     # The ladder
 

@@ -115,7 +115,7 @@ def test_the_bursting_tree_dies_frozen_and_the_agent_lives(container):
     grown = looked.growth(2 * SECOND, 0, SECOND)
     assert grown.culprit_comm == "sh" and grown.grown_bytes > 75 * MIB > 20 * MIB > grown.agent_grown_bytes
     hit = processes.kill_tree(
-        str(pod.path), grown.culprit_pid, grown.culprit_start_ticks, {leader.pid}, grown.members
+        str(pod.path), grown.culprit_pid, grown.culprit_start_ticks, {leader.pid}, grown.members, leader.pid
     )
     assert len(hit) == 2
     wait_for(lambda: int(pod.read("memory.current")) < 40 * MIB)  # while it is still frozen

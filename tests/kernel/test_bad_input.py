@@ -59,6 +59,7 @@ def test_archive_and_state_on_a_full_or_read_only_disk(container, guard, tmp_pat
         ended(agent, governor, pod)
         assert said in governor.lines("archived")[0]["text"]  # elsewhere, and why
         assert governor.lines("terminating", "killed")
+        governor.await_line("archived", count=2)  # what the handler wrote, too
         if options == "ro":
             assert said in governor.lines("state_not_saved")[0]["text"]
             assert len(governor.lines("state_not_saved")) == 1  # said once

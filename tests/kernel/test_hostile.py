@@ -117,8 +117,7 @@ def test_both_killed_while_braked_and_one_comes_back(container, guard, tmp_path)
     again.await_line("archived")
     again.await_line("agent_ended")
     assert pod.events()["oom_kill"] == 0
-    assert pod.read("cgroup.freeze") == "0"
-    assert pod.read("memory.high") == "max"
+    wait_for(lambda: pod.read("cgroup.freeze") == "0" and pod.read("memory.high") == "max")
 
 
 def test_a_full_agent_that_sits_still_lives(container, guard, tmp_path):

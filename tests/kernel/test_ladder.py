@@ -48,12 +48,13 @@ def governor_command(*argv):
 @pytest.mark.parametrize("burst", ["tool", "processes"])
 def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_path, burst):
     pod = container(128)
-    agent = pod.agent(tmp_path / "session.jsonl", burst)
+    agent = pod.agent(tmp_path / "session.jsonl", burst, "--total-mb", "4096")
     governor = guard(pod).ready()
     agent.go()
-    assert select.select([agent.stdout], [], [], 90)[0], governor.log()
-    said = agent.stdout.readline()
+    readable = select.select([agent.stdout], [], [], 90)[0]
     growths = [line["of"]["growth"] for line in governor.lines("step") if line["event"] == "Braked"]
+    assert readable, growths
+    said = agent.stdout.readline()
     assert said == ("tool ended with -9\n" if burst == "tool" else "burst over\n"), growths
     assert agent.poll() is None
     assert pod.events()["oom_kill"] == 0
