@@ -26,7 +26,7 @@ def test_ungoverned_it_is_killed(container, tmp_path, burst, limit_mib):
 def test_governed_the_session_is_archived_first(container, guard, tmp_path, burst, limit_mib, oom_group):
     pod = container(limit_mib, oom_group=oom_group)
     session = tmp_path / "session.jsonl"
-    agent = pod.agent(session, burst, "--total-mb", "4096")  # each of eight processes alone is over the limit
+    agent = pod.agent(session, burst, "--total-mb", "2048")  # each of eight processes alone is over the limit
     content = session.read_bytes()
     governor = guard(pod).ready()
     agent.go()

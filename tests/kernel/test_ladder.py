@@ -48,7 +48,7 @@ def governor_command(*argv):
 @pytest.mark.parametrize("burst", ["tool", "processes"])
 def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_path, burst):
     pod = container(128)
-    agent = pod.agent(tmp_path / "session.jsonl", burst, "--total-mb", "4096")
+    agent = pod.agent(tmp_path / "session.jsonl", burst)
     governor = guard(pod).ready()
     agent.go()
     readable = select.select([agent.stdout], [], [], 90)[0]
@@ -56,7 +56,7 @@ def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_pat
     assert readable, growths
     said = agent.stdout.readline()
     assert said == ("tool ended with -9\n" if burst == "tool" else "burst over\n"), growths
-    assert agent.poll() is None
+    assert agent.poll() is None, growths
     assert pod.events()["oom_kill"] == 0
     killed = [pid for line in governor.lines("shed") for pid in line["pids"]]
     assert killed and agent.pid not in killed
