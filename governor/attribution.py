@@ -86,6 +86,7 @@ class Attribution:
         self._lineage: set[int] = set()  # the agent and its ancestors
         self._looks: deque[tuple[int, int]] = deque()  # (monotonic ns, clock ticks since boot)
         self._hidden: _History = deque()
+        self._first_ticks: int | None = None
         self._resume_pid = 0
         self._known_ratio = 0.0
 
@@ -108,14 +109,15 @@ class Attribution:
         for number, pid in enumerate([*urgent, *pids[begin:], *pids[:begin]]):
             if pid in done:
                 continue
-            if done and time.monotonic_ns() >= until_ns:
-                break
+            if number > len(urgent) and time.monotonic_ns() >= until_ns:
+                break  # not before one of the others: else nobody but the urgent ones would ever be seen
             self._see(pid, now_ns)
             done.add(pid)
             if number >= len(urgent):
                 self._resume_pid = pid
         self._known_ratio = len(done) / len(listed) if listed else 1.0
         self._looks.append((now_ns, ticks))
+        self._first_ticks = ticks if self._first_ticks is None else self._first_ticks
         _forget_old(self._looks, now_ns)
         self._plant(listed)
 
@@ -214,10 +216,12 @@ class Attribution:
             _forget_old(seen.history, now_ns)
 
     def _born(self, process: Process) -> _History:
-        """The history of a process at first sight: empty unless it was started after a look that is remembered."""
+        """The history of a process at first sight: empty unless it was started after the first look."""
         before = [look_ns for look_ns, ticks in self._looks if ticks <= process.start_ticks]
         if not before:
-            return deque()
+            if self._first_ticks is None or process.start_ticks < self._first_ticks:
+                return deque()
+            before = [self._looks[0][0]]  # born under our eyes, but no look has reached it so far
         parent = self._seen.get(process.parent_pid)
         return deque([(before[-1], parent.held_bytes if parent and process.forked_only else 0)])
 
