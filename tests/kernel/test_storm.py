@@ -1,6 +1,6 @@
 """SIGKILL of governor, of reflex, or of both at random instants of bursts: nothing is stranded or done twice.
 
-As many as fit in a minute; `scripts/bench storm` does 200. GOVERNOR_STORM_COUNT and GOVERNOR_STORM_SEED say how many
+As many as fit in half a minute; `scripts/bench storm` does 200. GOVERNOR_STORM_COUNT and GOVERNOR_STORM_SEED say how many
 and which.
 """
 
@@ -21,7 +21,7 @@ from governor import archive, cgroup, state_file
 
 COUNT = int(os.environ.get("GOVERNOR_STORM_COUNT", "0"))
 SEED = int(os.environ.get("GOVERNOR_STORM_SEED") or time.time())
-SECONDS = 40.0
+SECONDS = 20.0
 VICTIMS = ("governor", "reflex", "governor", "reflex", "both")
 
 # One episode, one compact in it: memory never stays below the release level, and nothing waives the cooldown.
