@@ -88,7 +88,8 @@ def test_clear_follows_a_compact_that_did_not_help(container, guard, policy, tmp
     assert " 0 of them decided otherwise" in replayed.stderr
     other = governor_command("replay", governor.journal_path, "--policy", "cautious", "--json")
     assert other.returncode == 0
-    assert json.loads(other.stdout.splitlines()[0])["recorded"]
+    first = json.loads(other.stdout.splitlines()[0])
+    assert first["recorded"] != first["replayed"]
 
 
 def test_a_hold_leaves_only_the_brake(container, guard, policy, tmp_path):
