@@ -69,7 +69,11 @@ def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_pat
 def test_clear_follows_a_compact_that_did_not_help(container, guard, policy, tmp_path):
     pod = container(128)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "104")
-    governor = guard(pod, "--policy", policy()).ready()
+    path = policy()
+    path.write_text(
+        path.read_text().replace("[brake]", "[brake]\nenabled = false")
+    )  # or steps of 1 MiB look fast to it
+    governor = guard(pod, "--policy", path).ready()
     agent.go()
     governor.await_line("warning", 60)
     wait_for(lambda: "clear" in delivered(tmp_path), 60)
