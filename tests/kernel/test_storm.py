@@ -1,7 +1,7 @@
 """SIGKILL of governor, of reflex, or of both at random instants of bursts: nothing is stranded or done twice.
 
-As many as fit in half a minute; `scripts/bench storm` does 200. GOVERNOR_STORM_COUNT and GOVERNOR_STORM_SEED say how many
-and which.
+As many as fit in half a minute; `scripts/bench storm` does 200. GOVERNOR_STORM_COUNT and GOVERNOR_STORM_SEED say how
+many and which.
 """
 
 import os
@@ -133,7 +133,8 @@ def test_nothing_is_stranded_done_twice_or_forgotten(container, tmp_path, loaded
         assert not saved.exists() or saved.read_text().count("\n") == 1
     delivered = [line["kind"] for line in lines].count("deliver")
     assert delivered <= len(storm.sessions)  # to an agent, one that was killed on its way is not made again
-    assert not (tmp_path / "done").exists() or (tmp_path / "done").read_text().split() == ["compact"]
+    done = (tmp_path / "done").read_text().split() if (tmp_path / "done").exists() else []
+    assert set(done) <= {"compact"} and len(done) <= delivered
     assert pod.events()["oom_kill"] == 0
     assert list(Path(cgroup.ROOT).glob("governor-exec-*")) == []
     for name in archive.names(storm.governor.directory):
