@@ -174,7 +174,6 @@ def kill_again_and_again(storm, chance):
         assert saved.state.compact.delivered_ns or not delivered_ns, "a delivery was forgotten"
         delivered_ns = saved.state.compact.delivered_ns
         storm.keep_agent()
-    assert delivered_ns, "compact was never tried"
     return releases
 
 
