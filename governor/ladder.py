@@ -145,7 +145,7 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
             state = replace(state, shed_ns=None, must_terminate=True)
             return _decide(state, None, now_ns, policy) if state.archived else (state, ())
         case Thawed() if state.phase is Phase.HELD:
-            return _running(state, Phase.PROBATION, now_ns), ()
+            return _running(state, now_ns), ()
         case Signalled(state=memory) if state.phase is Phase.TERMINATING:
             return _signalled(replace(state, signalled=True), memory, policy)
         case Answered(tier=Tier.COMPACT, status=status, state=memory):
@@ -277,10 +277,10 @@ def _probation(state: State, memory: MemoryState, now_ns: int, policy: Policy, r
     # Where nothing may follow, a brake at every step would only be noise: once more, just before max.
     brake_at = _HIGHEST_RATIO if _forbidden(state, now_ns, policy) and state.must_terminate else brake_ratio
     thaw = Thaw(int(brake_at * PPM), high_bytes, False, f"probation: {reason}")
-    return _running(state, Phase.PROBATION, now_ns), (thaw,)
+    return _running(state, now_ns), (thaw,)
 
 
-def _running(state: State, phase: Phase, now_ns: int) -> State:
+def _running(state: State, now_ns: int) -> State:
     """It runs again: deadlines stood still while it was frozen."""
     if state.held and state.held.frozen and (span_ns := since(state.held_ns, now_ns)) < tiers.FOREVER_NS:
         state = replace(
@@ -288,7 +288,7 @@ def _running(state: State, phase: Phase, now_ns: int) -> State:
             compact=tiers.shifted(state.compact, span_ns),
             clear=tiers.shifted(state.clear, span_ns),
         )
-    return replace(state, phase=phase, probation_ns=now_ns, shed_ns=None)
+    return replace(state, phase=Phase.PROBATION, probation_ns=now_ns, shed_ns=None)
 
 
 # The end

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from governor import cgroup
-from governor.actions.processes import kill_memcg, read_process, send_by_pidfd
+from governor.actions.processes import kill_memcg, read_process, send_by_pidfd, signal_masks
 from governor.children import Child, Ended, spawn
 
 MEMORY_MAX_BYTES = 64 << 20
@@ -122,11 +122,9 @@ def signal_agent(pidfd: int, pid: int, name: str) -> Ended:
         number = signal.Signals[name]
     except KeyError:
         raise ValueError(f"found signal {name!r}, expected a name as SIGUSR1") from None
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except OSError:
+    masks = signal_masks(pid)
+    if masks is None:
         return Ended(1, b"the agent is gone", over_deadline=False)
-    masks = {line[:6]: int(line[7:], 16) for line in status.splitlines() if line[:6] in ("SigCgt", "SigBlk")}
     if not any(mask >> (number - 1) & 1 for mask in masks.values()):
         return Ended(1, f"the agent does not handle {name}: not sent".encode(), over_deadline=False)
     if not send_by_pidfd(pidfd, number):

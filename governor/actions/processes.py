@@ -115,11 +115,12 @@ def ask_to_end(pidfd: int, pid: int) -> bool:
     which memory.high puts to sleep before its handler runs, and in Python it only leaves a note for the main thread,
     which sleeps on (measured on 6.12: one time in fourteen).
     """
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")  # the name in it may be cut in a character
-    except OSError:
+    masks = signal_masks(pid)
+    if masks is None:
         return False
-    if _blocks(status, signal.SIGTERM):  # it is meant for a signalfd, or for a thread that waits for signals
+    if (
+        masks["SigBlk"] >> (signal.SIGTERM - 1) & 1
+    ):  # it is meant for a signalfd, or for a thread that waits for signals
         return send_by_pidfd(pidfd, signal.SIGTERM)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM, None, _PIDFD_SIGNAL_THREAD)
@@ -130,9 +131,17 @@ def ask_to_end(pidfd: int, pid: int) -> bool:
     return True
 
 
-def _blocks(status: str, number: signal.Signals) -> bool:
-    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")), "0")
-    return bool(int(mask, 16) >> (number - 1) & 1)
+def signal_masks(pid: int) -> dict[str, int] | None:
+    """What the main thread blocks and the process catches (SigBlk, SigCgt), bit 0 for signal 1; None when it is gone.
+
+    Raises ValueError for what the kernel never writes.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")  # the name in it may be cut in a character
+    except OSError:
+        return None
+    masks = {"SigBlk": 0, "SigCgt": 0}
+    return masks | {line[:6]: int(line[7:], 16) for line in status.splitlines() if line[:6] in masks}
 
 
 def kill_bursting(found: Iterable[Process], spare_pid: int, max_bytes: int) -> Iterator[Process]:
