@@ -15,6 +15,8 @@
 #define MAX_DEPTH 10 /* /kubepods.slice/.../pod.slice/x.scope/agent/tool is 7 */
 #define MAX_WATCHED 4096
 #define RATE_UNKNOWN (~0ULL)
+#define TREND_NS 250000000ULL
+#define OWN_COARSE_SHIFT 11 /* the LRU sizes are read again once 1/2048 of max is charged */
 #define LRU_INACTIVE_FILE 2
 #define LRU_ACTIVE_FILE 3
 #define LRUGEN_TYPES 2 /* anon, file */
@@ -105,12 +107,55 @@ static __always_inline u64 fill_rate(struct track *t, u64 now, u64 bound, u64 wi
 	return rate;
 }
 
+/*
+ * Pages per second over the last TREND_NS to 2 * TREND_NS, or since the levels were set anew if that is later: after a
+ * thaw only what came since counts.
+ */
+static __always_inline u64 trend(struct track *t, u64 now, u64 bound)
+{
+	u64 elapsed;
+
+	if (!t->trend_ns) {
+		t->trend_ns = t->trend_next_ns = now;
+		t->trend_pages = t->trend_next_pages = bound;
+		return RATE_UNKNOWN;
+	}
+	if (now - t->trend_next_ns >= TREND_NS) {
+		t->trend_ns = now - t->trend_next_ns > 2 * TREND_NS ? now - 2 * TREND_NS : t->trend_next_ns;
+		t->trend_pages = t->trend_next_pages;
+		t->trend_next_ns = now;
+		t->trend_next_pages = bound;
+	}
+	elapsed = now - t->trend_ns;
+	if (elapsed < 1000000)
+		elapsed = 1000000;
+	return bound > t->trend_pages ? (bound - t->trend_pages) * 1000000ULL / (elapsed / 1000) : 0;
+}
+
+/*
+ * usage - file LRU. A memcg full of page cache is charged page by page: between two reads of the lists everything
+ * charged counts as unreclaimable, which errs upwards, and by 1/2048 of max at most.
+ */
+static __always_inline u64 own_pages(struct track *t, u64 memcg, u64 usage, u64 charged, u64 max)
+{
+	u32 since = (u32)charged - (u32)t->own;
+	u64 file;
+
+	if (t->own && since < max >> OWN_COARSE_SHIFT)
+		return (t->own >> 32) + since;
+	file = file_lru_pages(memcg);
+	usage = usage > file ? usage - file : 0;
+	t->own = usage << 32 | (u32)charged;
+	return usage;
+}
+
 static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct watch *w, struct track *t,
 				 u64 nr_pages, u64 now, u64 window_ns)
 {
 	u64 usage = read_u64(counter + OFF_COUNTER_USAGE) + nr_pages;
 	u64 max = read_u64(counter + OFF_COUNTER_MAX);
-	u64 charged = t->charged_pages, since, bound = usage, rate, ppm, time_to_max = ~0ULL;
+	u64 charged = t->charged_pages, since, bound = usage, rate, slope, ppm;
+	u64 time_to_max = ~0ULL;
 	u32 level, kind = 0, flags = 0, zero = 0;
 	struct record *r;
 
@@ -126,6 +171,8 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 		t->epoch = w->epoch;
 		t->level = 0;
 		t->near = 0;
+		t->trend_ns = 0;
+		t->own = 0;
 	}
 	if (!t->level && usage * PPM < max * w->release_ppm[0])
 		return; /* the bound is lower still */
@@ -134,12 +181,13 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 	if (w->verify_after_pages && w->verified_pages + since < bound)
 		bound = w->verified_pages + since;
 	if (bound * PPM >= max * w->release_ppm[0]) {
-		u64 file = file_lru_pages(memcg), own = usage > file ? usage - file : 0;
+		u64 own = own_pages(t, memcg, usage, charged, max);
 
 		if (own < bound)
 			bound = own;
 	}
 	rate = fill_rate(t, now, bound, window_ns);
+	slope = trend(t, now, bound);
 	if (rate && rate != RATE_UNKNOWN)
 		time_to_max = bound < max ? (max - bound) * 1000000ULL / rate * 1000ULL : 0;
 	ppm = bound * PPM / max;
@@ -178,7 +226,7 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 	}
 	begin_record(r, kind, id, bpf_ktime_get_ns());
 	r->flags = flags;
-	r->valid = HAS_MEMORY | (rate != RATE_UNKNOWN ? HAS_RATE : 0);
+	r->valid = HAS_MEMORY | (rate != RATE_UNKNOWN ? HAS_RATE : 0) | (slope != RATE_UNKNOWN ? HAS_TREND : 0);
 	r->level = level;
 	r->usage_pages = usage;
 	r->bound_pages = bound;
@@ -187,6 +235,7 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 	r->fill_rate_pages = rate;
 	r->time_to_max_ns = time_to_max;
 	r->stall_ns = t->stall_ns;
+	r->trend_pages = slope;
 	ring.ringbuf_submit(r, 0);
 }
 

@@ -33,6 +33,7 @@ enum record_valid {
 	HAS_MEMORY = 1, /* usage, bound, max, charged */
 	HAS_RATE = 2, /* fill rate, time to max */
 	HAS_STALL = 4,
+	HAS_TREND = 8,
 };
 
 struct record {
@@ -51,6 +52,7 @@ struct record {
 	u64 fill_rate_pages; /* per second */
 	u64 time_to_max_ns;
 	u64 stall_ns; /* of all threads, since the memcg is tracked */
+	u64 trend_pages; /* per second as well, over a quarter to half a second: growth in steps looks fast up close */
 };
 
 /* config[0]: one per module. */
@@ -90,6 +92,11 @@ struct track {
 	u64 stall_window_start_ns;
 	u64 stall_in_window_ns;
 	u64 stalled;
+	u64 trend_ns; /* where the window of the trend began; 0: not yet ... */
+	u64 trend_pages; /* ... at what bound ... */
+	u64 trend_next_ns; /* ... and where the next one will have begun */
+	u64 trend_next_pages;
+	u64 own; /* usage - file LRU when they were last read, in pages << 32, and the low half of charged_pages then */
 };
 
 #endif

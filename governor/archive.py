@@ -92,8 +92,9 @@ def write(
     """Write one archive and return its manifest; raises ArchiveError, leaving nothing behind.
 
     `exclude` are globs as in session_files.find. With `since`, a full archive in the same directory, only what is new
-    or has changed goes in; where that archive is elsewhere, everything does. Where `directory` cannot be written, the
-    `fallbacks` are tried in order; then `facts["fallback"]` holds the directory and what was wrong with those before.
+    or has changed goes in; where nothing has, no archive is made and `since` itself is returned. Where that archive
+    is elsewhere, everything goes in. Where `directory` cannot be written, the `fallbacks` are tried in order; then
+    `facts["fallback"]` holds the directory and what was wrong with those before.
     """
     if since and since.base:
         raise ValueError(f"{since.name} is a delta itself: a delta needs a full archive")
@@ -143,6 +144,9 @@ def _write_to(
                 _fill(tar, find(patterns, exclude), contents, known)
             _sync(sink)
         whole = replace(manifest, files=contents.entries, skipped=contents.skipped, complete=contents.complete)
+        if base and not whole.files and (whole.skipped, whole.complete) == (base.skipped, base.complete):
+            shutil.rmtree(building)
+            return base
         with _new_file(building / MANIFEST_NAME) as sink:
             sink.write(encode(whole))
             _sync(sink)

@@ -209,7 +209,8 @@ class Executor:
             directory = Path(fallback.get("directory", self.archive_directory))
             pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
             told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": len(pruned)}
-            return orjson.dumps(told | {"files": len(made.files), "skipped": len(made.skipped)} | fallback)
+            told |= {"files": len(made.files), "skipped": len(made.skipped), "new": made != since}
+            return orjson.dumps(told | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
@@ -220,7 +221,10 @@ class Executor:
             what = "changed session files" if made["base"] else "session files"
             refused = "; ".join(f"{place}: {why}" for place, why in made.get("refused", {}).items())
             where = f" in {made['directory']} ({refused})" if refused else ""
-            self.note("archived", f"archived {made['files']} {what} as {made['name']}{where}", **made)
+            text = f"archived {made['files']} {what} as {made['name']}{where}"
+            self.note(
+                "archived", text if made["new"] else f"nothing has changed since archive {made['name']}", **made
+            )
             if not made["files"] and not made["base"]:
                 say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
             if not made["base"]:

@@ -91,7 +91,7 @@ TRANSITIONS = (
     Transition(_W, AgentEnded, "", _W, (UsualLevels,)),
     Transition(_H, Archived, "there is room", _P, (Thaw,)),
     Transition(_H, Archived, "it grew on although frozen, and the growth is a tool's", _H, (Shed,)),
-    Transition(_H, Archived, "no room, or braked again in probation", _T, (Terminate,)),
+    Transition(_H, Archived, "no room, or a tool's growth again in probation", _T, (Terminate,)),
     Transition(_H, Archived, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Shedded, "nothing was there to be killed, archived", _T, (Terminate,)),
     Transition(_H, Shedded, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
@@ -111,7 +111,7 @@ TRANSITIONS = (
     Transition(_P, Sampled, "over the last level, and no crossing was heard", _P, (HoldNow,)),
     Transition(_P, Sampled, "no brake by policy, over the terminate level, compact attempted", _H, (Archive, Warn)),
     Transition(_P, Sampled, "full, and policy or a veto forbids the rest", _P, (NothingLeft,)),
-    Transition(_P, Braked, "first was early, or vetoed: there is room", _H, (Archive,)),
+    Transition(_P, Braked, "there is room; the first was early, or the growth is the agent's own", _H, (Archive,)),
     Transition(_P, Braked, "again, the growth is a tool's", _H, (Archive, Shed)),
     Transition(_P, Braked, "again, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
     Transition(_P, AgentEnded, "", _W, (UsualLevels,)),
@@ -189,6 +189,7 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
 
 def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
+    room = _has_room(event, policy)
     forbidden = _forbidden(state, now_ns, policy)
     memory = event.state
     state = replace(
@@ -200,15 +201,15 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
         archived=False,
         shed_ns=None,
         shed_tried=False,
-        must_terminate=again,
+        must_terminate=again and not room,
         compact=tiers.queued(tiers.disturbed(state.compact), policy.compact, memory, now_ns),
     )
     where = f"braked at {_percent(memory)} of max" + (", again" if again else "")
-    if not again and _has_room(event, policy):
+    if room and not again:
         return state, (Archive(where),)
     if (shed := _shed(event, policy)) and not _vetoed(state, now_ns):
         return replace(state, shed_ns=now_ns, shed_tried=True), (Archive(where), shed)
-    if forbidden:
+    if forbidden or room:
         return state, (Archive(where),)
     hold = Prolong(policy.archive.deadline_ns + policy.archive.deadline_ns // 2)
     return state, (Archive(where), hold, Warn("terminate", 0, where))
@@ -220,16 +221,16 @@ def _is_late(held: Braked | None, policy: Policy) -> bool:
 
 
 def _has_room(held: Braked, policy: Policy) -> bool:
-    """Whether the memcg may run on for a while: it is not full yet, or fills slowly enough to be caught again."""
+    """Whether the memcg may run on for a while: it is not full yet, or nears the last level slowly enough."""
     memory, brake = held.state, policy.brake
     if memory.unreclaimable_ratio < brake.probation_below_ratio:
         return True
     if memory.unreclaimable_ratio >= policy.terminate.last_ratio:
         return False
-    if held.fill_rate_bytes is None:  # seen for the first time, as when governor starts beside a full agent
+    if held.trend_bytes is None:  # seen for the first time, as when governor starts beside a full agent
         return memory.unreclaimable_ratio < brake.unknown_rate_ratio
-    headroom_bytes = memory.max_bytes - memory.unreclaimable_bytes
-    return headroom_bytes * SECOND >= brake.probation_room_ns * max(1, held.fill_rate_bytes)
+    room_bytes = policy.terminate.last_ratio * memory.max_bytes - memory.unreclaimable_bytes
+    return room_bytes * SECOND >= brake.probation_room_ns * max(1, held.trend_bytes)
 
 
 def _shed(held: Braked, policy: Policy) -> Shed | None:

@@ -16,6 +16,8 @@ INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
 LEAST_WORST_BYTES = 1_000_000_000
 CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
 _RATE_WINDOW_NS = 4_000_000
+_TREND_NS = 250_000_000
+_TREND_LEAST_NS = 1_000_000
 
 
 class Crossing(NamedTuple):
@@ -25,6 +27,7 @@ class Crossing(NamedTuple):
     flags: int
     fill_rate_bytes: int | None
     time_to_max_ns: int | None  # None: unknown, or not growing
+    trend_bytes: int | None  # per second over 250 ms or more, or since the levels were forgotten
 
 
 def level_of(levels: Levels, ppm: int, before: int) -> int:
@@ -52,11 +55,13 @@ class Track:
         self._base_bytes: int | None = None  # growth counts from here
         self._max_bytes = 0
         self._window: tuple[int, int] | None = None  # where the window of the fill rate began: (ns, bytes)
+        self._trend: list[tuple[int, int]] = []  # where that of the trend began, and where the next one will have
 
     def forget(self) -> None:
         """Levels that lie behind are reported again, at the next growth."""
         self.level = 0
         self._near = False
+        self._trend = []
 
     def told(self, level: int, near: bool) -> None:
         """Somebody else reported this level: it need not be reported again."""
@@ -71,7 +76,7 @@ class Track:
         changed counts as growth. Where the growth is not `ours`, no rising crossing is reported, now: the next growth
         of ours reports it.
         """
-        rate = self._measure(held_bytes, now_ns)
+        rate, trend = self._measure(held_bytes, now_ns), self._slope(held_bytes, now_ns)
         base = held_bytes if self._base_bytes is None else min(self._base_bytes, held_bytes)
         grown = held_bytes - base >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
         self._base_bytes = held_bytes if grown else base
@@ -90,7 +95,7 @@ class Track:
             return None
         self.level, self._near = level, self._near or near
         flags = (RISING if rising else 0) | (HORIZON if near else 0)
-        return Crossing(level, flags, rate, time_to_max_ns)
+        return Crossing(level, flags, rate, time_to_max_ns, trend)
 
     def _measure(self, held_bytes: int, now_ns: int) -> int | None:
         """Growth in bytes per second since a look that is long enough ago; None at the first."""
@@ -102,3 +107,14 @@ class Track:
             self._window = (now_ns, held_bytes)
             self.worst_rate_bytes = max(self.worst_rate_bytes, self.fill_rate_bytes)
         return self.fill_rate_bytes
+
+    def _slope(self, held_bytes: int, now_ns: int) -> int | None:
+        """Growth in bytes per second since a look that is a quarter of a second ago, or the first; None at that."""
+        here = (now_ns, held_bytes)
+        if not self._trend:
+            self._trend = [here, here]
+            return None
+        if now_ns - self._trend[1][0] >= _TREND_NS:
+            self._trend = [self._trend[1], here]
+        since_ns, since_bytes = self._trend[0]
+        return max(0, held_bytes - since_bytes) * SECOND_NS // max(_TREND_LEAST_NS, now_ns - since_ns)

@@ -59,7 +59,7 @@ class Braked(NamedTuple):
     crossed_ns: int  # when the kernel saw the crossing; 0: governor asked
     frozen_ns: int  # when cgroup.freeze was written
     state: MemoryState
-    fill_rate_bytes: int  # per second, -1 unknown
+    trend_bytes: int  # per second, over about a third of a second; -1 unknown
     charging_pid: int
     frozen: bool  # False: could not be frozen
     throttled: bool  # memory.high was set
@@ -72,7 +72,7 @@ class Braked(NamedTuple):
             self.crossed_ns,
             self.frozen_ns,
             *self.state,
-            self.fill_rate_bytes,
+            self.trend_bytes,
             self.charging_pid,
             self.frozen,
             self.throttled,

@@ -334,9 +334,9 @@ class Loop:
         ratio, max_mib = braked.state.unreclaimable_ratio, braked.state.max_bytes >> 20
         text = f"braked: {how}{took} at {100 * ratio:.1f} % of {max_mib} MiB{by}"
         self._note("braked", text, **braked._asdict())
-        rate = self._sampled_rate if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
+        trend = self._sampled_rate if braked.trend_bytes < 0 else braked.trend_bytes
         growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
-        self._feed(model.Braked(braked.state, rate, braked.frozen, growth))
+        self._feed(model.Braked(braked.state, trend, braked.frozen, growth))
 
     # The agent
 

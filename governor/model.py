@@ -88,7 +88,7 @@ class Braked:
     """The memcg is held, and memory.stat confirmed that it had to be."""
 
     state: MemoryState
-    fill_rate_bytes: int | None  # per second
+    trend_bytes: int | None  # growth per second, over about a third of a second or since the last thaw
     frozen: bool
     growth: Growth | None = None
 

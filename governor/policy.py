@@ -87,7 +87,7 @@ class Brake:
     release_ratio: float = 0.85
     early_ratio: float = 0.70  # from here on it brakes if max is within the horizon
     horizon_ns: int = 100 * MS
-    # Under this a probation is always worth trying; above it only when max is at least probation_room_ns away.
+    # Under this a probation is always worth trying; above it only when SIGKILL's level is probation_room_ns away.
     probation_below_ratio: float = 0.85
     probation_room_ns: int = 250 * MS
     probation_ns: int = 10 * SECOND

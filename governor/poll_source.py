@@ -13,7 +13,7 @@ from governor import levels, record
 from governor.cgroup import MemoryState, pages, parse_flat_keyed
 from governor.levels import Track
 from governor.limits import Limits
-from governor.record import HAS_MEMORY, HAS_RATE, RISING, Levels, Record
+from governor.record import HAS_MEMORY, HAS_RATE, HAS_TREND, RISING, Levels, Record
 
 POLL, PSI, BPF = 1, 2, 3
 NAMES = {POLL: "poll", PSI: "psi", BPF: "bpf"}
@@ -144,13 +144,13 @@ class PollSource:
         return held_bytes - before
 
     def _record(self, state: MemoryState, crossing: levels.Crossing, now_ns: int) -> Record:
-        rate = crossing.fill_rate_bytes
+        rate, trend = crossing.fill_rate_bytes, crossing.trend_bytes
         return Record(
             ktime_ns=now_ns,
             cgroup_id=self._limits.cgroup_id,
             kind=record.CROSSING,
             flags=crossing.flags,
-            valid=HAS_MEMORY | (0 if rate is None else HAS_RATE),
+            valid=HAS_MEMORY | (0 if rate is None else HAS_RATE) | (0 if trend is None else HAS_TREND),
             level=crossing.level,
             pid=0,
             tid=0,
@@ -161,6 +161,7 @@ class PollSource:
             fill_rate_pages=pages(rate or 0),
             time_to_max_ns=_NEVER_NS if crossing.time_to_max_ns is None else crossing.time_to_max_ns,
             stall_ns=0,
+            trend_pages=pages(trend or 0),
         )
 
     def close(self) -> None:

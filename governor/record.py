@@ -17,17 +17,17 @@ CROSSING, VERIFY, STALL, OOM_KILL = 1, 2, 3, 4
 # enum record_flag
 RISING, HORIZON = 1, 2
 # enum record_valid
-HAS_MEMORY, HAS_RATE, HAS_STALL = 1, 2, 4
+HAS_MEMORY, HAS_RATE, HAS_STALL, HAS_TREND = 1, 2, 4, 8
 
 LEVELS = 4
 LEVEL_COMPACT, LEVEL_ARM, LEVEL_BRAKE, LEVEL_LAST = 1, 2, 3, 4
 KIND_NAMES = {CROSSING: "crossing", VERIFY: "verify", STALL: "stall", OOM_KILL: "oom_kill"}
 LEVEL_NAMES = ("below", "compact", "arm", "brake", "last")
 
-_RECORD = struct.Struct("=QQIIIIIIQQQQQQQ")
+_RECORD = struct.Struct("=QQIIIIIIQQQQQQQQ")
 _CONFIG = struct.Struct("=QQQQQ")
 _WATCH = struct.Struct(f"=Q{LEVELS}Q{LEVELS}QQQQQQQQ")
-TRACK = struct.Struct("=12Q")
+TRACK = struct.Struct("=17Q")
 CGROUP_ID = struct.Struct("=Q")
 CONFIG_KEY = struct.pack("=I", 0)
 RECORD_BYTES = _RECORD.size
@@ -51,6 +51,7 @@ class Record(NamedTuple):
     fill_rate_pages: int
     time_to_max_ns: int
     stall_ns: int
+    trend_pages: int
 
     def encode(self) -> bytes:
         """The bytes, as a ring would hold them."""
@@ -68,8 +69,13 @@ class Record(NamedTuple):
 
     @property
     def fill_rate_bytes(self) -> int | None:
-        """Bytes per second, None where it is unknown."""
+        """Bytes per second over a few milliseconds, None where it is unknown."""
         return self.fill_rate_pages * PAGE_BYTES if self.valid & HAS_RATE else None
+
+    @property
+    def trend_bytes(self) -> int | None:
+        """Bytes per second over about a third of a second, None where it is unknown."""
+        return self.trend_pages * PAGE_BYTES if self.valid & HAS_TREND else None
 
 
 def decode(data: bytes) -> Record:

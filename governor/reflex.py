@@ -120,14 +120,14 @@ class Reflex:
             governed.loan.begin(frozen_ns)
             if governed.last_word:
                 governed.loan.prolong(frozen_ns + Loan.WINDOW_NS)
-        rate = found.fill_rate_bytes
+        trend = found.trend_bytes
         self._tell(
             link.Braked(
                 governed.slot,
                 found.ktime_ns,
                 frozen_ns,
                 state,
-                -1 if rate is None else rate,
+                -1 if trend is None else trend,
                 found.pid,
                 bool(frozen_ns),
                 throttled,

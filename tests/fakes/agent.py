@@ -47,14 +47,15 @@ def anonymous(size: int, flags: int = 0) -> int:
 
 
 def touch(total: int, rate: float = 0) -> int:
-    """Plain pages, by C, so that it is as fast as the machine; their address."""
+    """Plain pages, by C, so that it is as fast as the machine; their address. What a freeze cost is not made up for."""
     address = anonymous(total)
     libc.madvise(address, total, MADV_NOHUGEPAGE)
-    started = time.monotonic()
+    due = time.monotonic()
     for offset in range(0, total, CHUNK):
         libc.memset(address + offset, 1, min(CHUNK, total - offset))
         if rate:
-            time.sleep(max(0.0, started + offset / rate - time.monotonic()))
+            due = max(due, time.monotonic() - 0.05) + CHUNK / rate
+            time.sleep(max(0.0, due - time.monotonic()))
     return address
 
 

@@ -112,16 +112,18 @@ def test_a_burst_without_room_is_archived_then_terminated():
     assert run.state.phase is Phase.WATCHING
 
 
-def test_slow_growth_gets_a_probation_and_is_archived_again_before_the_end():
-    run = Run().then(braked(0.91, 10), Archived(True), braked(0.94, 10), Archived(True))
-    assert run.names() == ["Archive", "Thaw", "Archive", "Prolong", "Warn", "Terminate"]
+def test_slow_growth_gets_probations_while_there_is_room_and_is_archived_again_before_the_end():
+    run = Run().then(braked(0.91, 10), Archived(True), braked(0.94, 10), Archived(True), braked(0.969, 10))
+    run.then(Archived(True))
+    assert run.names() == ["Archive", "Thaw", "Archive", "Thaw", "Archive", "Prolong", "Warn", "Terminate"]
     assert run.state.phase is Phase.TERMINATING
 
 
 def test_an_early_brake_is_a_probation_whatever_the_rate_and_does_not_count_as_the_first():
-    run = Run().then(braked(0.72, 50_000), Archived(True), braked(0.91, 10), Archived(True))
+    run = Run(REACHED).then(braked(0.72, 50_000, growth=tool()), Archived(True))
+    run.then(braked(0.91, 10, growth=tool()), Archived(True))
     assert run.names() == ["Archive", "Thaw", "Archive", "Thaw"]
-    assert run.then(braked(0.94, 10), Archived(True)).names()[-1] == "Terminate"
+    assert run.then(braked(0.94, 10, growth=tool())).names()[-1] == "Shed"
 
 
 def test_probation_brakes_again_a_third_of_the_way_to_the_last_level():
@@ -275,7 +277,7 @@ def test_a_jump_from_60_to_87_compacts_waits_for_its_settle_then_clears():
 
 def test_a_second_brake_cuts_the_wait_for_compact_short():
     run = Run(REACHED).at(0.87).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.87)))
-    run.then(braked(0.91, 10), Archived(True), braked(0.94, 10), Archived(True))
+    run.then(braked(0.91, 10), Archived(True), braked(0.94, 1000), Archived(True))
     assert run.names()[-1] == "Terminate"
 
 

@@ -110,6 +110,23 @@ def test_looks_too_close_together_do_not_make_a_rate():
     assert track.fill_rate_bytes is None
 
 
+def test_the_trend_of_growth_in_steps_is_its_mean():
+    track = Track()
+    looks = [(5 * i * MS, (600 + 10 * (i // 20)) * MIB) for i in range(320)]  # 10 MiB at once, ten times a second
+    found = [crossing for ns, held in looks if (crossing := track.look(CALM, held, LIMIT, ns))]
+    assert [crossing.level for crossing in found] == [1]
+    assert found[0].fill_rate_bytes == 2000 * MIB
+    assert 80 * MIB < found[0].trend_bytes < 130 * MIB
+
+
+def test_after_forgetting_the_trend_begins_anew():
+    track = Track()
+    walk(track, [100, 101, 102], step_ns=SECOND)
+    track.forget()
+    assert track.look(LEVELS, 720 * MIB, LIMIT, 4 * SECOND).trend_bytes is None
+    assert track.look(LEVELS, 920 * MIB, LIMIT, 4 * SECOND + 100 * MS).trend_bytes == 2000 * MIB
+
+
 @pytest.mark.parametrize(
     ("headroom", "rate", "expected_ms"),
     [

@@ -33,7 +33,7 @@ def c_layout(tmp_path: Path) -> dict[str, int]:
             lines.append(f'printf("{struct}.{name} %zu\\n", offsetof(struct {struct}, {name}));')
     for name in ("LEVELS", "CROSSING", "VERIFY", "STALL", "OOM_KILL", "RISING", "HORIZON"):
         lines.append(f'printf("{name} %d\\n", (int){name});')
-    for name in ("HAS_MEMORY", "HAS_RATE", "HAS_STALL", "PPM"):
+    for name in ("HAS_MEMORY", "HAS_RATE", "HAS_STALL", "HAS_TREND", "PPM"):
         lines.append(f'printf("{name} %d\\n", (int){name});')
     source = tmp_path / "layout.c"
     includes = '#define GOVERNOR_HOST_TYPES\n#include <stdio.h>\n#include <stddef.h>\n#include "record.h"\n'
@@ -63,9 +63,10 @@ def test_header_and_record_py_agree(tmp_path):
     for name in ("LEVELS", "CROSSING", "VERIFY", "STALL", "OOM_KILL", "RISING", "HORIZON", "HAS_MEMORY", "PPM"):
         assert getattr(record, name) == layout[name]
     assert layout["HAS_RATE"] == record.HAS_RATE and layout["HAS_STALL"] == record.HAS_STALL
+    assert layout["HAS_TREND"] == record.HAS_TREND
 
     assert [name for name, _ in c_fields("record")] == list(record.Record._fields)
-    assert record.decode(marked("record", layout["record"], layout)) == tuple(range(1, 16))
+    assert record.decode(marked("record", layout["record"], layout)) == tuple(range(1, 17))
 
     assert [name for name, _ in c_fields("config")] == list(record.Config._fields)
     assert record.Config(1, 2, 3, 4, 5).encode() == marked("config", layout["config"], layout)
@@ -83,12 +84,12 @@ def test_header_and_record_py_agree(tmp_path):
 
 
 def test_a_record_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="expected 96"):
+    with pytest.raises(ValueError, match="expected 104"):
         record.decode(bytes(88))
 
 
 def test_what_is_unknown_is_not_zero():
-    found = record.Record(1, 2, record.STALL, record.RISING, record.HAS_STALL, 0, 1, 1, 0, 0, 0, 0, 0, 0, 5)
+    found = record.Record(1, 2, record.STALL, record.RISING, record.HAS_STALL, 0, 1, 1, 0, 0, 0, 0, 0, 0, 5, 0)
     assert found.fill_rate_bytes is None
     assert found.bound_ratio == 0.0
 

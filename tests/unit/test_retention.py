@@ -77,7 +77,15 @@ def test_a_touched_file_with_the_same_content_is_left_out(place, age_s):
     path = place.file("a", b"content", age_s)
     full = place.write()
     os.utime(path)
-    assert place.names(place.write(since=full)) == set()
+    place.file("b", b"new")
+    assert place.names(place.write(since=full)) == {"b"}
+
+
+def test_where_nothing_has_changed_no_delta_is_made(place):
+    place.file("a", b"content")
+    full = place.write()
+    assert place.write(since=full) == full
+    assert [path.name for path in place.archives.iterdir()] == [full.name]
 
 
 def test_a_change_of_the_same_size_is_seen_even_within_one_time_stamp(place):
@@ -92,6 +100,7 @@ def test_a_change_of_the_same_size_is_seen_even_within_one_time_stamp(place):
 def test_a_delta_without_its_base_is_damaged_and_says_so(place, tmp_path):
     place.file("a", b"content")
     full = place.write()
+    place.file("b", b"content")
     delta = place.write(since=full)
     shutil.rmtree(place.archives / full.name)
     with pytest.raises(archive.ArchiveError, match="found no archive"):
@@ -108,7 +117,9 @@ def test_a_delta_whose_base_is_elsewhere_is_a_full_archive(place, tmp_path):
 
 def test_a_delta_of_a_delta_is_refused(place):
     place.file("a", b"content")
-    delta = place.write(since=place.write())
+    full = place.write()
+    place.file("b", b"content")
+    delta = place.write(since=full)
     with pytest.raises(ValueError, match="is a delta itself"):
         place.write(since=delta)
 
@@ -116,6 +127,7 @@ def test_a_delta_of_a_delta_is_refused(place):
 def test_bases_in_a_circle_end(place):
     place.file("a", b"content")
     full = place.write()
+    place.file("b", b"content")
     delta = place.write(since=full)
     forge(place, full, base=delta.name)
     with pytest.raises(archive.ArchiveError, match="a base that is a delta itself"):
