@@ -99,7 +99,8 @@ class Loop:
         self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         self._knob_file = KnobFile(guard.knob_path)
         source = self._policy.signals.source
-        self._reflex = ReflexProcess(pins.current(guard.instance), Path(guard.knob_path), source.value)
+        pinned = pins.current(guard.instance) if source in (Source.AUTO, Source.BPF) else None
+        self._reflex = ReflexProcess(pinned, Path(guard.knob_path), source.value)
         self._programs = Programs(guard.instance, source, guard.bpf_refused, self._reflex, self._note)
         self._poller = select.poll()
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)

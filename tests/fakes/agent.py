@@ -47,7 +47,7 @@ def anonymous(size: int, flags: int = 0) -> int:
 
 
 def touch(total: int, rate: float = 0) -> int:
-    """Plain pages, by C, so that it is as fast as the machine; their address. What a freeze cost is not made up for."""
+    """Plain pages, by C: as fast as the machine, or at a rate, and what a freeze cost is not made up for."""
     address = anonymous(total)
     libc.madvise(address, total, MADV_NOHUGEPAGE)
     due = time.monotonic()
