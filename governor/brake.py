@@ -268,12 +268,6 @@ class Knobs:
     def _our_high(self) -> int:
         return int(struct.unpack_from("=q", self._memory, self._start + _OFF_HIGH)[0])
 
-    def release(self) -> None:
-        """Undo every turn and free the slot."""
-        self.restore()
-        self._memory[self._start + _OFF_USED] = 0
-        self.close()
-
     def close(self) -> None:
         """Close the descriptors; turns stay as they are."""
         for fd in (self._freeze_fd, self._high_fd):

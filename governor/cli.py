@@ -381,6 +381,10 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
     from governor import archive
 
     where = _archives(directory)
+    usual = _archives(None)
+    others = archive.names(usual) if where.resolve() != usual.resolve() else []
+    if others:
+        typer.echo(f"governor: {len(others)} more in {usual}, where they go when another directory is full", err=True)
     for name in archive.names(where):
         try:
             manifest = archive.read_manifest(where, name)

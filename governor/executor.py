@@ -274,9 +274,11 @@ class Executor:
 
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
-        own = (*self.remembered(), self.agent.identity)
-        fd = self.limits.own.directory_fd
-        processes.sweep(self.cgroup, self.brake == FREEZE, own, (), fd, self.agent.pid)
+        if self.brake == FREEZE:
+            processes.kill_memcg(self.cgroup, self.limits.own.directory_fd)
+        else:
+            own = (*self.remembered(), self.agent.identity)
+            processes.kill_tree(self.cgroup, 0, 0, (), own, self.agent.pid)
 
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:

@@ -34,9 +34,3 @@ class Governed:
         """The policy's levels and limit."""
         self.base_levels = self.levels = levels
         self.limits.chosen_bytes = levels.max_pages * record.PAGE_BYTES
-
-    def close(self) -> None:
-        """Undo every turn and free the slot."""
-        self.poll.close()
-        self.limits.close()
-        self.knobs.release()

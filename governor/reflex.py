@@ -189,8 +189,6 @@ class Reflex:
                 self._brake_as_asked(governed)
             elif governed and kind == link.PROLONG:
                 governed.loan.prolong(ns)
-            elif governed and kind == link.DROP:
-                self._drop(governed)
             elif governed and kind == link.AGENT:
                 governed.knobs.set_agent(ns, self._governor_pid)
                 self._tell_source(governed)
@@ -288,13 +286,6 @@ class Reflex:
         if frozen:
             governed.loan.begin(now_ns)
         self._tell(link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, 0, frozen, throttled).encode())
-
-    def _drop(self, governed: Governed) -> None:
-        del self._governed[governed.knobs.memcg.cgroup_id]
-        for cgroup_id in governed.watched if self._bpf else ():
-            if self._bpf and not any(cgroup_id in other.watched for other in self._governed.values()):
-                self._bpf.unwatch(cgroup_id)
-        governed.close()
 
     # Time.
 

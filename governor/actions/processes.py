@@ -203,25 +203,6 @@ def kill_tree(
     return list(hit.values())
 
 
-def sweep(
-    memcg_path: str,
-    owned: bool,
-    subtree: Collection[tuple[int, int]],
-    spare: Collection[int] = (),
-    directory_fd: int = -1,
-    agent_pid: int = 0,
-) -> list[Process]:
-    """Kill what is left: the whole memcg where it is `owned`, else `subtree` and what descends from it.
-
-    `subtree` and `spare` are as `remembered` and `spare` of kill_tree. Returns who was there to be hit.
-    """
-    if owned:
-        left = processes(f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else memcg_path)
-        kill_memcg(memcg_path, directory_fd)
-        return left
-    return kill_tree(memcg_path, 0, 0, spare, subtree, agent_pid)
-
-
 def _tree(
     found: list[Process], keys: Collection[tuple[int, int]], spare: Collection[int], agent_pid: int
 ) -> dict[tuple[int, int], Process]:

@@ -136,20 +136,20 @@ def test_the_remembered_die_with_what_descends_from_them(chains):
 
 
 @pytest.mark.usefixtures("governor_is_elsewhere")
-def test_a_sweep_of_what_is_not_ours_takes_the_subtree(chains):
+def test_without_a_root_the_remembered_are_the_tree(chains):
     agent, tool = chains.start(2)
     (other,) = chains.start(1)
     chains.hold(agent, tool, other)
-    hit = processes.sweep(chains.path, False, {(agent, start_of(agent))})
+    hit = processes.kill_tree(chains.path, 0, 0, (), {(agent, start_of(agent))}, agent)
     assert {process.pid for process in hit} == {agent, tool}
     assert dies(agent) and dies(tool) and lives(other)
 
 
-def test_a_sweep_of_what_is_ours_takes_all(chains, tmp_path):
+def test_a_memcg_dies_whole(chains, tmp_path):
     (one,), (two,) = chains.start(1), chains.start(1)
     chains.hold(one, two)  # no cgroup.kill here: one by one
     (tmp_path / "cgroup.kill").mkdir()
-    assert len(processes.sweep(chains.path, True, ())) == 2
+    processes.kill_memcg(chains.path)
     assert dies(one) and dies(two)
 
 

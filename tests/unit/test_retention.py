@@ -8,8 +8,10 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from governor import archive
+from governor.cli import app
 from governor.manifest import MANIFEST_NAME, TAR_NAME, parse_manifest
 from governor.session_files import CREDENTIALS, excluded, parse_pattern
 
@@ -196,6 +198,18 @@ def test_where_a_directory_cannot_be_written_the_next_is_used(place, tmp_path):
     assert manifest.facts["fact"] == 1
     assert manifest.facts["fallback"]["directory"] == str(place.archives)
     assert list(manifest.facts["fallback"]["refused"]) == [str(tmp_path / "taken"), str(tmp_path / "taken" / "x")]
+
+
+def test_list_says_where_else_there_are_archives(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    usual = tmp_path / "state" / "governor" / "archive"
+    usual.parent.mkdir(parents=True)
+    place.file("a", b"content")
+    mine, fallen = place.write(), place.write(directory=usual)
+    listed = CliRunner().invoke(app, ["archive", "list", "--archive-dir", str(place.archives)])
+    assert mine.name in listed.stdout and fallen.name not in listed.stdout
+    assert f"1 more in {usual}" in listed.stderr
+    assert CliRunner().invoke(app, ["archive", "list"]).stderr == ""
 
 
 def test_where_nothing_can_be_written_all_are_named(place, tmp_path):
