@@ -89,11 +89,6 @@ class Limits:
             return "no limit anywhere: what the machine has available"
         return "its own limit" if self.tightest is self.own else f"the limit of {self.tightest.path}"
 
-    def close(self) -> None:
-        """Close the ancestors; the governed memcg is its owner's."""
-        for memcg in self.above:
-            memcg.close()
-
     def _of_machine(self, state: MemoryState, now_ns: int) -> int:
         """Unreclaimable bytes + MemAvailable, which counts this memcg's cache already; refreshed every second."""
         if self._machine_ns is None or now_ns - self._machine_ns >= _REFRESH_NS:

@@ -81,7 +81,7 @@ def test_a_level_that_bpf_missed_is_found(container, guard, tmp_path, loaded):
     ended = threading.Event()
 
     def switch_off():  # reflex switches the programs on again, once a second
-        while not ended.wait(0.02):
+        while not ended.wait(0.002):
             config.update(record.CONFIG_KEY, record.Config(0, 0, enabled=0).encode())
 
     thread = threading.Thread(target=switch_off)
@@ -89,9 +89,19 @@ def test_a_level_that_bpf_missed_is_found(container, guard, tmp_path, loaded):
     try:
         agent.go()
         is_saved(governor, agent, pod)
+        assert governor.lines("braked")[0]["charging_pid"] == 0  # only BPF names one
     finally:
         ended.set()
         thread.join()
+
+
+def test_without_a_limit_what_the_machine_has_left_counts(container, guard, tmp_path):
+    pod = container(0)
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "300", "--total-mb", "65536")
+    governor = guard(pod).ready()
+    assert "no limit anywhere" in governor.lines("protecting")[0]["limit"]
+    agent.go()
+    is_saved(governor, agent, pod)
 
 
 def test_where_bpf_is_refused_the_reason_is_said_and_psi_stays(container, plain_guard, tmp_path):
