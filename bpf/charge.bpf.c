@@ -16,6 +16,8 @@
 #define MAX_WATCHED 4096
 #define RATE_UNKNOWN (~0ULL)
 #define TREND_NS 250000000ULL
+#define BATCH_PAGES 64 /* MEMCG_CHARGE_BATCH */
+#define STOCK_PAGES 32
 #define OWN_COARSE_SHIFT 11 /* the LRU sizes are read again once 1/2048 of max is charged */
 #define LRU_INACTIVE_FILE 2
 #define LRU_ACTIVE_FILE 3
@@ -28,10 +30,17 @@ struct lru_sizes {
 	u64 generations[NUM_GENERATIONS * LRUGEN_TYPES * NUM_ZONES];
 };
 
+/* Pages that this CPU may charge to a full memcg unseen: they were counted beforehand. */
+struct stock {
+	u64 counter;
+	u64 pages;
+};
+
 BPF_ARRAY(config, struct config, 1);
 BPF_HASH(watch, u64, struct watch, MAX_WATCHED);
 BPF_HASH(track, u64, struct track, MAX_WATCHED);
 BPF_PERCPU_ARRAY(lru_scratch, struct lru_sizes, 1);
+BPF_PERCPU_ARRAY(stocks, struct stock, 1);
 BPF_PERCPU_ARRAY(dropped, u64, 1);
 BPF_RINGBUF_OUTPUT(ring, 64);
 
@@ -108,8 +117,8 @@ static __always_inline u64 fill_rate(struct track *t, u64 now, u64 bound, u64 wi
 }
 
 /*
- * Pages per second over the last TREND_NS to 2 * TREND_NS, or since the levels were set anew if that is later: after a
- * thaw only what came since counts.
+ * Pages per second over the last TREND_NS to 2 * TREND_NS, or since the levels were set anew if that is later:
+ * after a thaw only what came since counts.
  */
 static __always_inline u64 trend(struct track *t, u64 now, u64 bound)
 {
@@ -150,7 +159,7 @@ static __always_inline u64 own_pages(struct track *t, u64 memcg, u64 usage, u64 
 }
 
 static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct watch *w, struct track *t,
-				 u64 nr_pages, u64 now, u64 window_ns)
+				 u64 nr_pages, u64 counted, u64 now, u64 window_ns)
 {
 	u64 usage = read_u64(counter + OFF_COUNTER_USAGE) + nr_pages;
 	u64 max = read_u64(counter + OFF_COUNTER_MAX);
@@ -160,8 +169,8 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 	struct record *r;
 
 	if (usage <= max) { /* otherwise it is refused, and tried again after reclaim */
-		lock_xadd(&t->charged_pages, nr_pages);
-		charged += nr_pages;
+		lock_xadd(&t->charged_pages, counted);
+		charged += counted;
 	}
 	if (w->max_pages && w->max_pages < max)
 		max = w->max_pages;
@@ -239,12 +248,41 @@ static __always_inline void look(u64 counter, u64 memcg, u64 id, const struct wa
 	ring.ringbuf_submit(r, 0);
 }
 
+/*
+ * How many pages to count for a charge; 0: it need not be looked at. A memcg at its limit (full of page cache, as a
+ * rule) is charged page by page, each after a batch was refused: of those only every 32nd is looked at.
+ */
+static __always_inline u64 pages_to_count(u64 counter, u64 nr_pages)
+{
+	u64 usage = read_u64(counter + OFF_COUNTER_USAGE), max = read_u64(counter + OFF_COUNTER_MAX);
+	struct stock *s;
+	u32 zero = 0;
+
+	if (usage + nr_pages > max)
+		return 0; /* refused, and tried again after reclaim */
+	if (usage + BATCH_PAGES <= max || nr_pages >= STOCK_PAGES)
+		return nr_pages;
+	s = stocks.lookup(&zero);
+	if (!s)
+		return nr_pages;
+	if (s->counter == counter && s->pages >= nr_pages) {
+		s->pages -= nr_pages;
+		return 0;
+	}
+	s->counter = counter;
+	s->pages = STOCK_PAGES - nr_pages;
+	return STOCK_PAGES;
+}
+
 static __always_inline void on_charge(u64 counter, u64 nr_pages)
 {
-	u64 now = bpf_ktime_get_ns();
+	u64 counted = pages_to_count(counter, nr_pages), now;
 	struct config *c;
 	u32 zero = 0;
 
+	if (!counted)
+		return;
+	now = bpf_ktime_get_ns();
 	c = config.lookup(&zero);
 	if (!c || !is_read(c, now))
 		return;
@@ -255,7 +293,7 @@ static __always_inline void on_charge(u64 counter, u64 nr_pages)
 		struct track *t = w ? track.lookup(&id) : NULL;
 
 		if (w && t && is_memcg(memcg))
-			look(counter, memcg, id, w, t, nr_pages, now, c->rate_window_ns);
+			look(counter, memcg, id, w, t, nr_pages, counted, now, c->rate_window_ns);
 		counter = read_u64(counter + OFF_COUNTER_PARENT);
 	}
 }

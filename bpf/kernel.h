@@ -22,7 +22,7 @@ static __always_inline u64 cgroup_id_of(u64 memcg)
 	return read_u64(read_u64(read_u64(memcg + OFF_MEMCG_CGROUP) + OFF_CGROUP_KN) + OFF_KN_ID);
 }
 
-/* Is anybody reading? If not, the programs cost one map look-up. */
+/* Is anybody reading? If not, there is nothing to do. */
 static __always_inline int is_read(const struct config *c, u64 now)
 {
 	return c->enabled && now - c->heartbeat_ns <= c->idle_after_ns;
