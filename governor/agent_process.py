@@ -21,6 +21,7 @@ class AgentProcess:
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
+        self.uids: frozenset[int] = frozenset()  # who it runs as
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
 
     def find(self) -> bool:
@@ -37,6 +38,8 @@ class AgentProcess:
         except OSError:
             return False
         self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
+        with suppress(OSError):
+            self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
 
     def _leading_pid(self) -> int:

@@ -57,6 +57,7 @@ class Executor:
     limits: Limits
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
+    ask: Callable[[Tier, str, int], bool]  # a subscriber to do something until then; False: there is none
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
@@ -149,17 +150,21 @@ class Executor:
         if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
             knobs.lift_high()
             knobs.close()
-        how = delivery.exec or (delivery.signal,)
+        how = delivery.exec or (delivery.signal or "socket",)
         self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
         if delivery.signal:
             self._delivery_ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, delivery.signal))
+            return
+        deadline_ns = time.monotonic_ns() + delivery.deadline_ns
+        if not delivery.exec:
+            if not self.ask(tier, reason, deadline_ns):
+                self.delivered(tier, Status.FAILED, "nobody who can is subscribed any more")
             return
         environment = {
             "GOVERNOR_CGROUP": self.cgroup,
             "GOVERNOR_AGENT_PID": str(self.agent.pid),
             "GOVERNOR_TIER": tier.value,
         }
-        deadline_ns = time.monotonic_ns() + delivery.deadline_ns
 
         def run() -> Child:
             what = f"{tier.value}: {reason}"
@@ -172,9 +177,10 @@ class Executor:
 
     def _delivery_ended(self, tier: Tier, ended: Ended) -> None:
         status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED
-        self._delivered(tier, status, _why(ended))
+        self.delivered(tier, status, _why(ended))
 
-    def _delivered(self, tier: Tier, status: Status, why: str) -> None:
+    def delivered(self, tier: Tier, status: Status, why: str) -> None:
+        """What became of a delivery, and what whoever was asked has to say of it."""
         text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
         self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
         self.feed(model.Answered(tier, status, self.look()))

@@ -32,6 +32,7 @@ from governor.model import (
     NothingLeft,
     Phase,
     Prolong,
+    Reachable,
     Sampled,
     Settled,
     Shed,
@@ -152,6 +153,10 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
             return replace(state, compact=tiers.answered(state.compact, status, memory, now_ns)), ()
         case Answered(tier=Tier.CLEAR, status=status, state=memory):
             return replace(state, clear=tiers.answered(state.clear, status, memory, now_ns)), ()
+        case Reachable(tier=Tier.COMPACT, reachable=reachable):
+            return replace(state, compact=replace(state.compact, reachable=reachable)), ()
+        case Reachable(tier=Tier.CLEAR, reachable=reachable):
+            return replace(state, clear=replace(state.clear, reachable=reachable)), ()
         case AgentEnded():
             return _agent_ended(state), (UsualLevels(),)
         case Vetoed(for_ns=for_ns):
@@ -177,7 +182,8 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     if state.phase is Phase.TERMINATING and not same_agent:
         return _agent_ended(state)
     state = _disturbed(state)
-    compact, clear = (_lost(tiers.interrupted(tier, now_ns)) for tier in (state.compact, state.clear))
+    unreachable = [replace(tier, reachable=False) for tier in (state.compact, state.clear)]  # nobody is there yet
+    compact, clear = (_lost(tiers.interrupted(tier, now_ns)) for tier in unreachable)
     state = replace(state, compact=compact, clear=clear, shed_ns=None)
     if state.phase is Phase.HELD or (state.phase is Phase.TERMINATING and not state.signalled):
         return replace(state, phase=Phase.PROBATION, probation_ns=now_ns)

@@ -39,12 +39,13 @@ from governor.brake import BRAKE_NAMES, FREEZE, KnobFile
 from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.codec import plain
 from governor.executor import SLOT, Executor
-from governor.journal import Journal, say
+from governor.journal import Journal, printable, say
 from governor.limits import Limits
 from governor.model import Phase
 from governor.policy import MS, SECOND, Policy, Source
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
+from governor.subscribers import TOLD, Subscribers
 from governor.tiers import since
 from governor.veto import Veto
 
@@ -121,8 +122,12 @@ class Loop:
             limits=self._limits,
             feed=self._feed,
             remembered=lambda: self._attribution.descendants(),
+            ask=self._ask,
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
+        self._subscribers = Subscribers(self._poller, self._hello)
+        self._subscribers.on_answer = self._executor.delivered
+        self._subscribers.on_change = self._reachable
         self._turned_ns = time.monotonic_ns()  # the last turn of the loop
         self._sampled_ns = 0
         self._last: MemoryState | None = None
@@ -148,6 +153,7 @@ class Loop:
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
         self._executor.commands.sweep()
+        self._listen()
         self._find_agent()
         self._remember()
         self._journal.begin()
@@ -170,8 +176,10 @@ class Loop:
         self._find_agent()
         if self._state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
             self._executor.children.prolong(now_ns - self._turned_ns)
+            self._subscribers.prolong(now_ns - self._turned_ns)
         self._turned_ns = now_ns
         self._executor.children.check_deadlines(now_ns)
+        self._subscribers.check_deadlines(now_ns)
         if now_ns - self._sampled_ns >= self._interval_ns():
             self._sample(now_ns)
         wait_ns = self._sampled_ns + self._interval_ns() - time.monotonic_ns()
@@ -205,7 +213,7 @@ class Loop:
             self._hear_reflex()
         elif fd == self._agent.pidfd:
             self._agent_ended()
-        else:
+        elif not self._subscribers.on_ready(fd):
             self._executor.children.on_ready(fd)
 
     def _read_policy_again(self) -> None:
@@ -226,6 +234,7 @@ class Loop:
         for what in self._executor.children.abandon():
             self._note("abandoned", f"was still running: {what}")
         self._reflex.stop()
+        self._subscribers.close()
         for told in self._knob_file.restore_all():
             self._note("restored", told)
         with suppress(OSError):
@@ -318,10 +327,21 @@ class Loop:
             way = f"{'rising' if found.rising else 'falling'} to level {record.LEVEL_NAMES[found.level]}"
             say(f"{way}: {_megabytes(found)}, heard after {latency_ms:.2f} ms")
             self._level_heard = found.level
+            self._tell_level(found)
         if found.kind == record.CROSSING and found.rising and found.level >= record.LEVEL_BRAKE:
             held = self._state.held if self._state.phase is Phase.HELD else None
             if held and held.frozen and found.ktime_ns > self._held_ns + 20 * MS:
                 self._feed(model.StillGrowing())
+
+    def _tell_level(self, found: record.Record) -> None:
+        self._subscribers.tell(
+            "memory",
+            level=record.LEVEL_NAMES[found.level],
+            rising=found.rising,
+            unreclaimable_bytes=found.bound_pages * record.PAGE_BYTES,
+            max_bytes=found.max_pages * record.PAGE_BYTES,
+            monotonic_ns=found.ktime_ns,
+        )
 
     def _on_braked(self, braked: link.Braked) -> None:
         self._held_ns = braked.frozen_ns
@@ -349,6 +369,7 @@ class Loop:
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, self._agent.pid))
         pid, globs = self._agent.pid, self._policy.archive.globs
         self._agent.patterns(globs)
+        self._subscribers.allowed_uids |= self._agent.uids
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
 
     def _agent_ended(self) -> None:
@@ -360,6 +381,27 @@ class Loop:
         self._executor.archive_the_end(state)
         self._agent.forget()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
+
+    # Subscribers
+
+    def _listen(self) -> None:
+        path = instance.run_directory() / f"memcg-{self._memcg.cgroup_id}.sock"
+        try:
+            self._subscribers.listen(path)
+        except OSError as error:
+            self._note("no_socket", f"nobody can subscribe: {path}: {error.strerror}")
+
+    def _hello(self) -> dict[str, object]:
+        return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
+
+    def _ask(self, tier: model.Tier, reason: str, deadline_ns: int) -> bool:
+        return self._subscribers.ask(tier, reason, deadline_ns, time.monotonic_ns())
+
+    def _reachable(self) -> None:
+        can = self._subscribers.can
+        for tier, known in ((model.Tier.COMPACT, self._state.compact), (model.Tier.CLEAR, self._state.clear)):
+            if known.reachable != (tier in can):
+                self._feed(model.Reachable(tier, tier in can))
 
     # The ladder
 
@@ -439,6 +481,8 @@ class Loop:
     def _note(self, kind: str, text: str, **fields: object) -> None:
         say(text)
         self._journal.write(kind, text=text, **fields)
+        if kind in TOLD:
+            self._subscribers.tell("event", kind=kind, text=printable(text))
 
 
 def _now_ns() -> int:

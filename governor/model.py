@@ -121,6 +121,14 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Reachable:
+    """Somebody who can do it has subscribed, or nobody who can is left."""
+
+    tier: Tier
+    reachable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Shedded:
     """The bursting tree was killed, or was not there any more (0)."""
 
@@ -154,6 +162,7 @@ Event = (
     | Thawed
     | Archived
     | Answered
+    | Reachable
     | Shedded
     | Signalled
     | AgentEnded
@@ -291,6 +300,7 @@ class TierState:
     isolated: bool = True  # nothing else was done since
     engaged_ns: int | None = None  # above the level since; None below the release level
     warned_ns: int | None = None
+    reachable: bool = False  # by a subscriber
     delivered_ns: int | None = None
     useless_trials: int = 0  # isolated deliveries in a row that freed nothing
     judged_ns: int | None = None

@@ -152,6 +152,7 @@ def over(tier: TierState) -> TierState:
     """The episode is over; what is known of the tier stays."""
     return TierState(
         engaged_ns=tier.engaged_ns,
+        reachable=tier.reachable,
         delivered_ns=tier.delivered_ns,
         useless_trials=tier.useless_trials,
         judged_ns=tier.judged_ns,
@@ -159,7 +160,7 @@ def over(tier: TierState) -> TierState:
 
 
 def _impossible(tier: TierState, delivery: Delivery, now_ns: int) -> Status | None:
-    if not delivery.exec and not delivery.signal:
+    if not (delivery.exec or delivery.signal or tier.reachable):
         return Status.UNAVAILABLE
     learned = tier.useless_trials >= USELESS_AFTER_TRIALS and since(tier.judged_ns, now_ns) < TRY_AGAIN_NS
     if delivery.efficacy is Efficacy.USELESS or (delivery.efficacy is Efficacy.UNKNOWN and learned):

@@ -1,25 +1,30 @@
 """An agent-like process: keeps a session file, saves it on SIGTERM, and bursts when told to.
 
     agent.py SESSION_FILE BURST [--save-s 0.3] [--rate-mb N] [--start-mb N] [--total-mb N] [--begin FILE]
+             [--subscribe HOW]
 
 BURST is one of the names in BURSTS, or "none". It fills --start-mb, says "ready" on standard output, waits for
 --begin to exist (a number in it replaces --total-mb), or for nothing, and bursts as fast as it can, or at --rate-mb.
 A thread's burst leaves the main thread free to
-handle SIGTERM. Standard library only; the same program serves the tests, the demo and the benches.
+handle SIGTERM. With --subscribe it does what governor's socket asks it for, one of the ways in ANSWERS, and prints
+what it was asked. Standard library only; the same program serves the tests, the demo and the benches.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 CHUNK = 1 << 20
 MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15
@@ -133,6 +138,49 @@ def populate(total: int, rate: float = 0) -> None:
     anonymous(total, MAP_POPULATE)
 
 
+# To a request: what it acknowledges, whether it frees what it started with, and how much later
+ANSWERS = {
+    "frees": ("delivered", True, 0.0),
+    "late": ("delivered", True, 0.5),
+    "nothing": ("delivered", False, 0.0),
+    "defers": ("deferred", False, 0.0),
+    "ignores": (None, False, 0.0),
+    "crashes": (None, False, 0.0),
+}
+
+
+def subscribe(how: str, free: Callable[[], None]) -> None:
+    """Answer requests for ever; a deferred one is done when it comes again."""
+    with open("/proc/self/cgroup") as cgroups:
+        memcg = "/sys/fs/cgroup" + next(line for line in cgroups if line.startswith("0::"))[3:].strip()
+    path = f"/run/governor/memcg-{os.stat(memcg).st_ino}.sock"
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+            connection.sendall(b'{"type": "subscribe", "can": ["compact", "clear"]}\n')
+            print("subscribed", flush=True)
+            for line in connection.makefile("rb"):
+                asked = json.loads(line)
+                if asked["type"] != "request":
+                    continue
+                print(f"asked to {asked['what']}", flush=True)
+                if how == "crashes":
+                    os._exit(1)
+                status, frees, after_s = ANSWERS[how]
+                if status:
+                    answer = {"type": "ack", "id": asked["id"], "status": status, "reason": f"it {how}"}
+                    connection.sendall(json.dumps(answer).encode() + b"\n")
+                time.sleep(after_s)
+                if frees:
+                    free()
+                how = "frees" if how == "defers" else how
+        except OSError:
+            pass
+        connection.close()
+        time.sleep(0.1)
+
+
 BURSTS = {f.__name__: f for f in (touch, peak, waves, huge, read, tmpfs, threads, processes, tool, populate)}
 
 
@@ -147,6 +195,7 @@ def main() -> None:
     parser.add_argument("--begin", default="")
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--picture-mb", type=int, default=0, help="incompressible bytes in the session")
+    parser.add_argument("--subscribe", choices=ANSWERS)
     options = parser.parse_args()
 
     with open(options.session, "w", encoding="latin-1") as session:
@@ -162,9 +211,11 @@ def main() -> None:
         os._exit(143)
 
     signal.signal(signal.SIGTERM, save)
-    if options.start_mb:
-        touch(options.start_mb << 20)
+    start = touch(options.start_mb << 20) if options.start_mb else 0
     print("ready", flush=True)
+    if options.subscribe:
+        free = functools.partial(libc.munmap, start, options.start_mb << 20)
+        threading.Thread(target=subscribe, args=(options.subscribe, free), daemon=True).start()
     while options.begin and not os.path.exists(options.begin):
         time.sleep(0.02)
     if options.begin:

@@ -275,6 +275,16 @@ def test_a_jump_from_60_to_87_compacts_waits_for_its_settle_then_clears():
     assert run.last(Deliver).tier is Tier.CLEAR
 
 
+def test_a_subscriber_who_can_is_asked_and_when_it_is_gone_that_is_an_attempt():
+    asked = Run().then(model.Reachable(Tier.COMPACT, True)).at(0.72)
+    assert asked.names() == ["Deliver"]
+    assert (
+        Run().then(model.Reachable(Tier.COMPACT, True), model.Reachable(Tier.COMPACT, False)).at(0.72).names() == []
+    )
+    resumed = ladder.resumed(Run().then(model.Reachable(Tier.COMPACT, True)).state, True, 0)
+    assert not resumed.compact.reachable
+
+
 def test_a_second_brake_cuts_the_wait_for_compact_short():
     run = Run(REACHED).at(0.87).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.87)))
     run.then(braked(0.91, 10), Archived(True), braked(0.94, 1000), Archived(True))
@@ -499,6 +509,7 @@ events = st.one_of(
         st.one_of(st.none(), memories),
     ),
     st.builds(Shedded, st.integers(0, 2)),
+    st.builds(model.Reachable, st.sampled_from(Tier), st.booleans()),
     st.builds(Vetoed, st.sampled_from([0, 100 * SECOND])),
     st.sampled_from([StillGrowing(), Thawed(), Signalled(), AgentEnded(), Stalled()]),
 )

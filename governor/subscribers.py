@@ -1,0 +1,245 @@
+"""The socket of a governed memcg: programs hear what happens, and agents do what they are asked to.
+
+A Unix socket `memcg-<cgroup id>.sock` in the run-time directory; JSON, one object a line, both ways. Root, governor's
+own user and the agent's user may connect; others are refused.
+
+governor says:
+
+    {"type": "hello", "version": 1, "cgroup": PATH, "agent_pid": PID}
+    {"type": "memory", "level": LEVEL, "rising": true, "unreclaimable_bytes": N, "max_bytes": N, "monotonic_ns": T}
+                                        a level was crossed: below, compact, arm, brake, last
+    {"type": "event", "kind": KIND, "text": TEXT}
+                                        warning, braked, thawed, archived, shed, terminating, killed, oom_kill, ...:
+                                        kinds and texts as in the journal
+    {"type": "request", "id": N, "what": "compact", "reason": TEXT, "deadline_s": SECONDS}
+                                        compact or clear; to one subscriber that said it can do it
+
+A subscriber says:
+
+    {"type": "subscribe", "can": ["compact", "clear"]}
+                                        what it can do, [] to listen only; the last to say so is asked
+    {"type": "ack", "id": N, "status": "delivered", "reason": TEXT}
+                                        delivered, deferred (not now: ask again) or failed; once a request
+
+An acknowledgement ends a request and nothing else: brake, archive and terminate wait for nobody. Who sends what is no
+such line, or does not read, is cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+
+from governor.model import Status, Tier
+
+VERSION = 1
+_LINE_LIMIT_BYTES = 16 << 10
+_BACKLOG_LIMIT_BYTES = 256 << 10  # said and not read yet
+_SUBSCRIBERS_LIMIT = 32
+_REASON_LIMIT = 300
+_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid of SO_PEERCRED
+_ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed": Status.FAILED}
+
+TOLD = frozenset(  # of the journal's kinds
+    {
+        *("warning", "braked", "thawed", "archived", "archive_failed", "shed", "terminating", "killed"),
+        *("agent", "agent_ended", "nothing_left", "oom_kill", "veto", "stopping"),
+    }
+)
+
+Answer = Callable[[Tier, Status, str], None]
+
+
+class _Garbled(Exception):
+    """A subscriber says what the protocol does not know."""
+
+
+@dataclass(slots=True, eq=False)
+class _Subscriber:
+    connection: socket.socket
+    can: frozenset[Tier] = frozenset()
+    heard: bytes = b""
+    backlog: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(slots=True)
+class _Request:
+    number: int
+    subscriber: _Subscriber
+    deadline_ns: int
+
+
+class Subscribers:
+    """Everybody who listens to one governed memcg, on the loop's poller."""
+
+    def __init__(self, poller: select.poll, hello: Callable[[], dict[str, object]]) -> None:
+        """`hello` gives the fields of the first line. Nobody can connect before listen()."""
+        self._poller = poller
+        self._hello = hello
+        self._path: Path | None = None
+        self._server: socket.socket | None = None
+        self._subscribers: dict[int, _Subscriber] = {}
+        self._requests: dict[Tier, _Request] = {}
+        self._numbers = 0
+        self.allowed_uids: frozenset[int] = frozenset({0, os.geteuid()})
+        self.on_answer: Answer = lambda *_: None
+        self.on_change: Callable[[], None] = lambda: None  # who can do what is different now
+
+    def listen(self, path: Path) -> None:
+        """Make the socket; raises OSError where there can be none."""
+        path.unlink(missing_ok=True)  # the memcg's lock is ours: nobody listens there any more
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            server.bind(str(path))
+            path.chmod(0o666)  # who may connect is decided by its credentials
+            path.parent.chmod(0o711)  # and they must get there
+            server.listen(8)
+        except OSError:
+            server.close()
+            raise
+        self._path, self._server = path, server
+        self._poller.register(server, select.POLLIN)
+
+    @property
+    def can(self) -> frozenset[Tier]:
+        """What somebody can be asked for."""
+        return frozenset().union(*(subscriber.can for subscriber in self._subscribers.values()))
+
+    def on_ready(self, fd: int) -> bool:
+        """A descriptor of the poller is ready; False when it is not one of ours."""
+        if self._server and fd == self._server.fileno():
+            self._accept(self._server)
+        elif subscriber := self._subscribers.get(fd):
+            try:
+                self._flush(subscriber)
+                self._hear(subscriber)
+            except (OSError, EOFError, _Garbled):
+                self._drop(subscriber)
+        else:
+            return False
+        return True
+
+    def tell(self, message: str, /, **fields: object) -> None:
+        """Say it to everybody."""
+        for subscriber in list(self._subscribers.values()):
+            self._say(subscriber, message, fields)
+
+    def ask(self, tier: Tier, reason: str, deadline_ns: int, now_ns: int) -> bool:
+        """Ask one who can; on_answer hears what becomes of it. False when there is nobody."""
+        asked = next((one for one in reversed(self._subscribers.values()) if tier in one.can), None)
+        if asked is None:
+            return False
+        self._numbers += 1
+        self._requests[tier] = _Request(self._numbers, asked, deadline_ns)
+        deadline_s = round((deadline_ns - now_ns) / 1e9, 3)
+        request = {"id": self._numbers, "what": tier.value, "reason": reason, "deadline_s": deadline_s}
+        self._say(asked, "request", request)  # where that fails, on_answer has heard of it
+        return True
+
+    def prolong(self, by_ns: int) -> None:
+        """The target was frozen for so long: deadlines stood still."""
+        for request in self._requests.values():
+            request.deadline_ns += by_ns
+
+    def check_deadlines(self, now_ns: int) -> None:
+        """Requests that nobody acknowledged in time have failed."""
+        for tier in [tier for tier, request in self._requests.items() if now_ns >= request.deadline_ns]:
+            self._requests.pop(tier)
+            self.on_answer(tier, Status.FAILED, "nobody acknowledged it in time")
+
+    def close(self) -> None:
+        """Tell nobody; the socket goes."""
+        if self._path and self._server:
+            with suppress(OSError):
+                self._path.unlink()
+            self._server.close()
+        for subscriber in self._subscribers.values():
+            subscriber.connection.close()
+
+    def _accept(self, server: socket.socket) -> None:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # gone again, or no descriptor left
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        uid = _CREDENTIALS.unpack(credentials)[1]
+        if uid not in self.allowed_uids or len(self._subscribers) >= _SUBSCRIBERS_LIMIT:
+            connection.close()
+            return
+        connection.setblocking(False)
+        subscriber = _Subscriber(connection)
+        self._subscribers[connection.fileno()] = subscriber
+        self._poller.register(connection, select.POLLIN)
+        self._say(subscriber, "hello", {"version": VERSION, **self._hello()})
+
+    def _say(self, subscriber: _Subscriber, message: str, fields: Mapping[str, object]) -> None:
+        subscriber.backlog += orjson.dumps({"type": message, **fields}) + b"\n"
+        try:
+            self._flush(subscriber)
+        except OSError:
+            self._drop(subscriber)
+
+    def _flush(self, subscriber: _Subscriber) -> None:
+        """Raises OSError when it is gone, or does not read."""
+        with suppress(BlockingIOError):
+            while subscriber.backlog:
+                sent = subscriber.connection.send(subscriber.backlog)
+                del subscriber.backlog[:sent]
+        if len(subscriber.backlog) > _BACKLOG_LIMIT_BYTES:
+            raise BrokenPipeError
+        wanted = select.POLLIN | (select.POLLOUT if subscriber.backlog else 0)
+        self._poller.modify(subscriber.connection, wanted)
+
+    def _hear(self, subscriber: _Subscriber) -> None:
+        """Raises EOFError at its end, _Garbled for what is no line of the protocol, OSError."""
+        try:
+            data = subscriber.connection.recv(_LINE_LIMIT_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            raise EOFError
+        *lines, subscriber.heard = (subscriber.heard + data).split(b"\n")
+        if len(subscriber.heard) > _LINE_LIMIT_BYTES:
+            raise _Garbled
+        for line in lines:
+            self._on_line(subscriber, line)
+
+    def _on_line(self, subscriber: _Subscriber, line: bytes) -> None:
+        try:
+            said = orjson.loads(line)
+            if said["type"] == "subscribe":
+                subscriber.can = frozenset(Tier(what) for what in said["can"])
+                self.on_change()
+            elif said["type"] == "ack":
+                self._acknowledged(subscriber, said["id"], _ANSWERS[said["status"]], str(said.get("reason", "")))
+            else:
+                raise _Garbled
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Garbled from error
+
+    def _acknowledged(self, subscriber: _Subscriber, number: int, status: Status, reason: str) -> None:
+        for tier, request in self._requests.items():
+            if request.number == number and request.subscriber is subscriber:
+                del self._requests[tier]
+                self.on_answer(tier, status, reason[:_REASON_LIMIT])
+                return
+
+    def _drop(self, subscriber: _Subscriber) -> None:
+        fd = subscriber.connection.fileno()
+        if self._subscribers.pop(fd, None) is None:
+            return
+        self._poller.unregister(fd)
+        subscriber.connection.close()
+        for tier in [tier for tier, request in self._requests.items() if request.subscriber is subscriber]:
+            del self._requests[tier]
+            self.on_answer(tier, Status.FAILED, "who was asked for it is gone")
+        if subscriber.can:
+            self.on_change()
