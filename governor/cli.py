@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import orjson
 import typer
 
-from governor import __version__, cgroup, instance, pins, policy_file, probe
+from governor import __version__, cgroup, instance, limits, pins, policy_file, probe
 from governor.journal import printable
 from governor.policy_cli import policy_app
 
@@ -319,6 +319,27 @@ def hold(
     for cgroup_id in held:
         what = f"nothing but the brake for {duration}" if for_ns else "the hold is over"
         _out(f"process {guarded[cgroup_id]}: {what}")
+
+
+@app.command()
+def why(
+    target: Annotated[str, typer.Option("--cgroup", help="A memcg [default: the one this runs in].")] = "",
+) -> None:
+    """Say what governor did to tools here, and how to try again; for the agent, or its next tool.
+
+    Example: governor why
+    """
+    from governor import told
+
+    if target and not Path(target).is_dir():
+        _fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
+    path = os.path.realpath(target) if target else cgroup.memcg_of("self")
+    for place in (path, *limits.ancestors(path)) if path else ():
+        with suppress(OSError):
+            cgroup_id = os.stat(place).st_ino  # noqa: PTH116
+            for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):
+                for notice in told.read(cgroup_id, directory):
+                    _out(printable(notice))
 
 
 @app.command()

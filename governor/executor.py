@@ -15,7 +15,7 @@ from typing import Protocol
 
 import orjson
 
-from governor import archive, link, model, record, subtree
+from governor import archive, link, model, record, subtree, told
 from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
@@ -82,7 +82,7 @@ class Executor:
             case model.UsualLevels():
                 self.usual_levels()
             case model.Shed():
-                self._shed(instruction)
+                self._shed(instruction, state)
             case model.Terminate(reason=reason):
                 self._terminate(reason, state)
             case model.Kill(reason=reason):
@@ -214,9 +214,9 @@ class Executor:
             fallback = made.facts.get("fallback", {})
             directory = Path(fallback.get("directory", self.archive_directory))
             pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
-            told = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": len(pruned)}
-            told |= {"files": len(made.files), "skipped": len(made.skipped), "new": made != since}
-            return orjson.dumps(told | fallback)
+            summary = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": len(pruned)}
+            summary |= {"files": len(made.files), "skipped": len(made.skipped), "new": made != since}
+            return orjson.dumps(summary | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
@@ -240,7 +240,7 @@ class Executor:
             self.note("archive_failed", f"archive failed: {_why(ended)}", status=ended.status)
         self.feed(model.Archived(ended.ok, self.look()))
 
-    def _shed(self, shed: model.Shed) -> None:
+    def _shed(self, shed: model.Shed, state: model.State) -> None:
         self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
         killed = processes.kill_tree(
             self.cgroup,
@@ -253,16 +253,22 @@ class Executor:
         what = ", ".join(f"{process.comm} ({process.pid})" for process in killed) or "nobody: it had ended"
         self.note("shed", f"SIGKILL to {what}", pids=[process.pid for process in killed])
         self.feed(model.Shedded(len(killed)))
+        if killed:
+            growth, max_bytes = (state.held.growth, state.held.state.max_bytes) if state.held else (None, 0)
+            text = told.of_a_shed([process.comm for process in killed], growth, max_bytes)
+            self.note("told", text)
+            with suppress(OSError):  # no run-time directory: the journal has it, and whoever subscribed
+                told.write(self.limits.cgroup_id, text)
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
         for process in processes.kill_bursting(self._within_reach(), self.agent.pid, max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
-        pid, told = self.agent.pid, f"governor: terminated: {reason}"
+        pid, message = self.agent.pid, f"governor: terminated: {reason}"
 
         def tell() -> bytes:
-            return b"written" if termination_log.write(told, pid) else b""
+            return b"written" if termination_log.write(message, pid) else b""
 
         deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
         self.start(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
