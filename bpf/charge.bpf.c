@@ -96,7 +96,7 @@ static __always_inline u32 level_of(const struct watch *w, u64 ppm, u32 before)
 /* Pages per second by which the bound has grown, over the window that began rate_window_ns ago or earlier. */
 static __always_inline u64 fill_rate(struct track *t, u64 now, u64 bound, u64 window_ns)
 {
-	u64 elapsed = now - t->window_ns;
+	u64 elapsed = now > t->window_ns ? now - t->window_ns : 0; /* another CPU may be ahead */
 	u64 grown = bound > t->window_pages ? bound - t->window_pages : 0;
 	u64 rate = t->rate_pages;
 
@@ -129,14 +129,18 @@ static __always_inline u64 trend(struct track *t, u64 now, u64 bound)
 		t->trend_pages = t->trend_next_pages = bound;
 		return RATE_UNKNOWN;
 	}
-	if (now - t->trend_next_ns >= TREND_NS) {
+	if (bound < t->trend_pages)
+		t->trend_pages = bound;
+	if (bound < t->trend_next_pages)
+		t->trend_next_pages = bound;
+	if ((s64)(now - t->trend_next_ns) >= (s64)TREND_NS) { /* another CPU may be ahead */
 		t->trend_ns = now - t->trend_next_ns > 2 * TREND_NS ? now - 2 * TREND_NS : t->trend_next_ns;
 		t->trend_pages = t->trend_next_pages;
 		t->trend_next_ns = now;
 		t->trend_next_pages = bound;
 	}
 	elapsed = now - t->trend_ns;
-	if (elapsed < 1000000)
+	if ((s64)elapsed < 1000000)
 		elapsed = 1000000;
 	return bound > t->trend_pages ? (bound - t->trend_pages) * 1000000ULL / (elapsed / 1000) : 0;
 }

@@ -405,7 +405,9 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
     usual = _archives(None)
     others = archive.names(usual) if where.resolve() != usual.resolve() else []
     if others:
-        typer.echo(f"governor: {len(others)} more in {usual}, where they go when another directory is full", err=True)
+        typer.echo(
+            f"governor: {len(others)} more in {usual}, the usual place and the one when another is full", err=True
+        )
     for name in archive.names(where):
         try:
             manifest = archive.read_manifest(where, name)

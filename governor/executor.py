@@ -187,8 +187,8 @@ class Executor:
 
     # Tier 3
 
-    def _archive(self, reason: str, state: model.State) -> None:
-        """In full, or what has changed since the full one of this agent."""
+    def _archive(self, reason: str, state: model.State, is_last: bool = False) -> None:
+        """In full, or what has changed since the full one of this agent; `is_last`: no further one is based on it."""
         policy, agent = self.policy.archive, self.agent
         patterns = agent.patterns(policy.globs)
         facts = {"agent_pid": agent.pid, "ladder": plain(state)}
@@ -219,9 +219,11 @@ class Executor:
             return orjson.dumps(summary | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
-        self.start(lambda: fork(work, deadline_ns, f"archive: {reason}"), self._archived)
+        self.start(
+            lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last)
+        )
 
-    def _archived(self, ended: Ended) -> None:
+    def _archived(self, ended: Ended, is_last: bool) -> None:
         if ended.ok:
             made = orjson.loads(ended.output)
             what = "changed session files" if made["base"] else "session files"
@@ -233,7 +235,7 @@ class Executor:
             )
             if not made["files"] and not made["base"]:
                 say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
-            if not made["base"]:
+            if made["new"] and not made["base"] and not is_last:
                 self._full = Path(made["directory"]), made["name"]
         else:
             self._full = self._full[0], ""
@@ -304,7 +306,7 @@ class Executor:
     def archive_the_end(self, state: model.State) -> None:
         """What the handler of a terminated agent wrote; the next agent's first archive is a full one."""
         if state.phase is model.Phase.TERMINATING:
-            self._archive("after the agent's end", state)
+            self._archive("after the agent's end", state, is_last=True)
         self._full = self._full[0], ""
 
     def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:

@@ -51,7 +51,7 @@ from governor.model import (
     Vetoed,
     Warn,
 )
-from governor.policy import MINUTE, SECOND, Policy
+from governor.policy import MINUTE, MS, SECOND, Policy
 from governor.record import PPM
 from governor.tiers import since
 
@@ -64,6 +64,8 @@ _STALL_COUNTS_NS = 2 * SECOND
 _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
 _OWN_SHARE = 4  # a burst is a tool's if the agent's own growth is at most a quarter of it
 _HIGHEST_RATIO = 0.99  # a brake is never set above
+_REACTION_NS = 10 * MS  # at its speed of this moment it must not get to the last level so soon
+_HANDLER_RATIO = 0.015  # of max, below the last level: what an agent's SIGTERM handler is left with
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ TRANSITIONS = (
     Transition(_W, AgentEnded, "", _W, (UsualLevels,)),
     Transition(_H, Archived, "there is room", _P, (Thaw,)),
     Transition(_H, Archived, "it grew on although frozen, and the growth is a tool's", _H, (Shed,)),
-    Transition(_H, Archived, "no room, or a tool's growth again in probation", _T, (Terminate,)),
+    Transition(_H, Archived, "no room, or it grew on although frozen", _T, (Terminate,)),
     Transition(_H, Archived, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Shedded, "nothing was there to be killed, archived", _T, (Terminate,)),
     Transition(_H, Shedded, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
@@ -195,7 +197,8 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
 
 def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
-    room = _has_room(event, policy)
+    # A loan that ended before its archive did decided nothing: then the second brake is the last.
+    room = _has_room(event, policy, again) and (not again or state.archived)
     forbidden = _forbidden(state, now_ns, policy)
     memory = event.state
     state = replace(
@@ -207,7 +210,7 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
         archived=False,
         shed_ns=None,
         shed_tried=False,
-        must_terminate=again and not room,
+        must_terminate=again and (not room or bool(forbidden)),
         compact=tiers.queued(tiers.disturbed(state.compact), policy.compact, memory, now_ns),
     )
     where = f"braked at {_percent(memory)} of max" + (", again" if again else "")
@@ -226,8 +229,11 @@ def _is_late(held: Braked | None, policy: Policy) -> bool:
     return held is not None and held.state.unreclaimable_ratio >= policy.brake.probation_below_ratio
 
 
-def _has_room(held: Braked, policy: Policy) -> bool:
-    """Whether the memcg may run on for a while: it is not full yet, or nears the last level slowly enough."""
+def _has_room(held: Braked, policy: Policy, again: bool) -> bool:
+    """Whether the memcg may run on for a while: it is not full yet, or nears the last level slowly enough.
+
+    `again`: it ran on before, so this may be the last chance for the agent's handler.
+    """
     memory, brake = held.state, policy.brake
     if memory.unreclaimable_ratio < brake.probation_below_ratio:
         return True
@@ -235,8 +241,9 @@ def _has_room(held: Braked, policy: Policy) -> bool:
         return False
     if held.trend_bytes is None:  # seen for the first time, as when governor starts beside a full agent
         return memory.unreclaimable_ratio < brake.unknown_rate_ratio
-    room_bytes = policy.terminate.last_ratio * memory.max_bytes - memory.unreclaimable_bytes
-    return room_bytes * SECOND >= brake.probation_room_ns * max(1, held.trend_bytes)
+    last_ratio = policy.terminate.last_ratio - (_HANDLER_RATIO if again else 0)
+    needed_ns = max(brake.probation_room_ns * held.trend_bytes, _REACTION_NS * (held.fill_rate_bytes or 0))
+    return (last_ratio * memory.max_bytes - memory.unreclaimable_bytes) * SECOND >= max(1, needed_ns)
 
 
 def _shed(held: Braked, policy: Policy) -> Shed | None:
@@ -259,7 +266,7 @@ def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy
     assert held
     memory = fresh or held.state
     recovered = memory.unreclaimable_ratio < min(policy.brake.release_ratio, held.state.unreclaimable_ratio)
-    if recovered or not (state.must_terminate or not _has_room(held, policy)):
+    if recovered or not (state.must_terminate or not _has_room(held, policy, again=False)):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
     if not state.shed_tried and not _vetoed(state, now_ns) and (shed := _shed(held, policy)):
         return replace(state, shed_ns=now_ns, shed_tried=True), (shed,)

@@ -116,5 +116,6 @@ class Track:
             return None
         if now_ns - self._trend[1][0] >= _TREND_NS:
             self._trend = [self._trend[1], here]
+        self._trend = [(ns, min(at_bytes, held_bytes)) for ns, at_bytes in self._trend]
         since_ns, since_bytes = self._trend[0]
         return max(0, held_bytes - since_bytes) * SECOND_NS // max(_TREND_LEAST_NS, now_ns - since_ns)

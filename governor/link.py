@@ -28,7 +28,7 @@ _LEVELS = struct.Struct(f"=BI{LEVELS}I{LEVELS}IQQQQ")
 _THAW = struct.Struct("=BIIq??")
 _SLOT_AND_NS = struct.Struct("=BIQ")
 _RECORD_HEAD = struct.Struct("=BQ")
-_BRAKED = struct.Struct("=BIQQqqqqqqQBB")
+_BRAKED = struct.Struct("=BIQQqqqqqqqQBB")
 _THAWED = struct.Struct("=BIQB")
 _ALIVE = struct.Struct("=BQQ")
 _ADOPTED = struct.Struct("=BI?BB")
@@ -60,6 +60,7 @@ class Braked(NamedTuple):
     frozen_ns: int  # when cgroup.freeze was written
     state: MemoryState
     trend_bytes: int  # per second, over about a third of a second; -1 unknown
+    fill_rate_bytes: int  # per second, over a few milliseconds; -1 unknown
     charging_pid: int
     frozen: bool  # False: could not be frozen
     throttled: bool  # memory.high was set
@@ -73,6 +74,7 @@ class Braked(NamedTuple):
             self.frozen_ns,
             *self.state,
             self.trend_bytes,
+            self.fill_rate_bytes,
             self.charging_pid,
             self.frozen,
             self.throttled,
@@ -205,8 +207,9 @@ def decode_from_reflex(data: bytes) -> FromReflex:
     if kind == RECORD and len(data) == _RECORD_HEAD.size + RECORD_BYTES:
         return Heard(decode(data[_RECORD_HEAD.size :]), _RECORD_HEAD.unpack_from(data)[1])
     if kind == BRAKED and len(data) == _BRAKED.size:
-        _, slot, crossed, frozen_ns, *state, rate, pid, frozen, throttled = _BRAKED.unpack(data)
-        return Braked(slot, crossed, frozen_ns, MemoryState(*state), rate, pid, bool(frozen), bool(throttled))
+        _, slot, crossed, frozen_ns, *state, trend, rate, pid, frozen, throttled = _BRAKED.unpack(data)
+        memory = MemoryState(*state)
+        return Braked(slot, crossed, frozen_ns, memory, trend, rate, pid, bool(frozen), bool(throttled))
     if kind == THAWED and len(data) == _THAWED.size:
         return Thawed._make(_THAWED.unpack(data)[1:])
     if kind == ALIVE and len(data) == _ALIVE.size:

@@ -357,7 +357,8 @@ class Loop:
         self._note("braked", text, **braked._asdict())
         trend = self._sampled_rate if braked.trend_bytes < 0 else braked.trend_bytes
         growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
-        self._feed(model.Braked(braked.state, trend, braked.frozen, growth))
+        rate = None if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
+        self._feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
 
     # The agent
 
@@ -429,7 +430,8 @@ class Loop:
         self._unreadable = False
         if self._last is not None:
             grown_bytes = max(0, state.unreclaimable_bytes - self._last.unreclaimable_bytes)
-            self._sampled_rate = grown_bytes * SECOND // max(1, now_ns - self._last_ns)
+            held = self._state.phase is Phase.HELD  # and says nothing of how it grows
+            self._sampled_rate = None if held else grown_bytes * SECOND // max(1, now_ns - self._last_ns)
         self._last, self._last_ns = state, now_ns
         if self._state.phase in (Phase.WATCHING, Phase.PROBATION):
             self._attribution.look(now_ns)

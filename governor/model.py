@@ -91,6 +91,7 @@ class Braked:
     trend_bytes: int | None  # growth per second, over about a third of a second or since the last thaw
     frozen: bool
     growth: Growth | None = None
+    fill_rate_bytes: int | None = None  # growth per second, over a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class Reflex:
             governed.loan.begin(frozen_ns)
             if governed.last_word:
                 governed.loan.prolong(frozen_ns + Loan.WINDOW_NS)
-        trend = found.trend_bytes
+        trend, rate = found.trend_bytes, found.fill_rate_bytes
         self._tell(
             link.Braked(
                 governed.slot,
@@ -128,6 +128,7 @@ class Reflex:
                 frozen_ns,
                 state,
                 -1 if trend is None else trend,
+                -1 if rate is None else rate,
                 found.pid,
                 bool(frozen_ns),
                 throttled,
@@ -285,7 +286,9 @@ class Reflex:
         throttled = self._throttle(governed, HIGH_MARGIN_BYTES)
         if frozen:
             governed.loan.begin(now_ns)
-        self._tell(link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, 0, frozen, throttled).encode())
+        self._tell(
+            link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, -1, 0, frozen, throttled).encode()
+        )
 
     # Time.
 

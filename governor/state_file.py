@@ -21,7 +21,7 @@ from governor import instance
 from governor.codec import plain, restored
 from governor.model import Braked, State, TierState
 
-VERSION = 1
+VERSION = 2
 _LIMIT_BYTES = 1 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -53,7 +53,7 @@ def save(path: Path, saved: Saved) -> None:
         **plain(saved),
     }
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")  # one governor a memcg: nobody else writes it
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # two memcgs' may share AGENT_DATA
     with suppress(FileNotFoundError):
         beside.unlink()
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -69,6 +69,10 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
 
     A file that cannot be used is renamed to `<name>.aside-<seconds>`; nothing is raised.
     """
+    for left in path.parent.glob(f".{path.name}.*"):  # by a governor that was killed while it saved
+        if left.suffix[1:].isdigit() and not Path("/proc", left.suffix[1:]).exists():
+            with suppress(OSError):
+                left.unlink()
     try:
         data = _read(path)
     except FileNotFoundError:

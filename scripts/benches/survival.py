@@ -84,11 +84,11 @@ def peak(way: str, limit_mib: int, ratio: float, rate_mb: int, burst: str) -> tu
             governed.stop()
 
 
-def survival(quick: bool, limit_mib: int = 0) -> None:
-    """`limit_mib`: only this size, and none of the peaks."""
+def survival(quick: bool, only_mib: int = 0) -> None:
+    """`only_mib`: only this size, and none of the peaks."""
     from governor import pins
 
-    limits = (limit_mib,) if limit_mib else LIMITS_MIB[:1] if quick else LIMITS_MIB
+    limits = (only_mib,) if only_mib else LIMITS_MIB[:1] if quick else LIMITS_MIB
     rates = (20, 200, 0) if quick else RATES_MB
     chance = random.Random(1)
     governing = sources()
@@ -111,7 +111,7 @@ def survival(quick: bool, limit_mib: int = 0) -> None:
         rows.append(["session saved", "", *(f"{saved[way]} of {len(limits) * len(rates)}" for way in ways)])
         print()
         table(["max, MiB", "MB/s", *ways], rows)
-        if not limit_mib:
+        if not only_mib:
             peaks(governing, quick)
     finally:
         pins.unload(INSTANCE)

@@ -119,6 +119,24 @@ def test_slow_growth_gets_probations_while_there_is_room_and_is_archived_again_b
     assert run.state.phase is Phase.TERMINATING
 
 
+def test_a_second_brake_leaves_the_agents_handler_its_room():
+    assert Run().then(braked(0.956, 1), Archived(True)).state.phase is Phase.PROBATION
+    run = Run().then(braked(0.91, 1), Archived(True), braked(0.956, 1), Archived(True))
+    assert run.state.phase is Phase.TERMINATING
+
+
+def test_a_loan_that_ends_before_its_archive_is_followed_by_one_more_brake_only():
+    run = Run().then(braked(0.91, 10), Thawed(), braked(0.94, 0))
+    assert run.names()[-3:] == ["Archive", "Prolong", "Warn"]
+    assert run.then(Archived(True)).state.phase is Phase.TERMINATING
+
+
+def test_what_fills_at_full_speed_just_now_has_no_room_however_slow_it_was_before():
+    slow, fast = braked(0.91, 10), replace(braked(0.91, 10), fill_rate_bytes=10_000 * MIB)
+    assert Run().then(slow, Archived(True)).state.phase is Phase.PROBATION
+    assert Run().then(fast, Archived(True)).state.phase is Phase.TERMINATING
+
+
 def test_an_early_brake_is_a_probation_whatever_the_rate_and_does_not_count_as_the_first():
     run = Run(REACHED).then(braked(0.72, 50_000, growth=tool()), Archived(True))
     run.then(braked(0.91, 10, growth=tool()), Archived(True))

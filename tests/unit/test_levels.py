@@ -119,6 +119,13 @@ def test_the_trend_of_growth_in_steps_is_its_mean():
     assert 80 * MIB < found[0].trend_bytes < 130 * MIB
 
 
+def test_growth_after_a_fall_counts_from_the_bottom():
+    track = Track()
+    for ns, held_mib in ((0, 880), (10, 800), (100, 801)):
+        track.look(CALM, held_mib * MIB, LIMIT, ns * MS)
+    assert track.look(CALM, 920 * MIB, LIMIT, 120 * MS).trend_bytes == 1000 * MIB
+
+
 def test_after_forgetting_the_trend_begins_anew():
     track = Track()
     walk(track, [100, 101, 102], step_ns=SECOND)

@@ -97,7 +97,7 @@ def test_what_is_unknown_is_not_zero():
 @pytest.mark.parametrize(
     "message",
     [
-        link.Braked(1, 2, 3, MemoryState(4, 5, 6, 7, 8), -1, 9, True, False),
+        link.Braked(1, 2, 3, MemoryState(4, 5, 6, 7, 8), -1, 10, 9, True, False),
         link.Thawed(1, 2, link.LOAN_OVER),
         link.Alive(1, 2),
         link.Adopted(1, True, 2, 3),

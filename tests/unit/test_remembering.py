@@ -71,6 +71,13 @@ def test_a_state_comes_back(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_a_killed_governor_left_half_written_goes(tmp_path):
+    for suffix in ("999999999", "swp", str(os.getpid())):
+        (tmp_path / f".state.{suffix}").touch()
+    assert state_file.load(tmp_path / "state", TARGET) == (None, "")
+    assert {path.name for path in tmp_path.iterdir()} == {".state.swp", f".state.{os.getpid()}"}
+
+
 def test_after_a_reboot_stamps_are_as_long_ago_as_they_were(tmp_path, monkeypatch):
     path = tmp_path / "state"
     tier = model.TierState(Status.SETTLED, delivered_ns=1000 * SECOND, useless_trials=3, judged_ns=1030 * SECOND)
