@@ -2,10 +2,10 @@
 
     model_api.py PORT_FILE REQUESTS_FILE
 
-Writes the port that it listens on to PORT_FILE and a line of JSON for every request to REQUESTS_FILE: the last text of
-the user, and what was answered. A line of the last text decides the answer: "SLOW n" takes n seconds, "TOOL command"
-asks for the Bash tool to run the command, a compaction request gets a summary, all else a short text. Standard library
-only.
+Writes the port that it listens on to PORT_FILE and a line of JSON for every request to REQUESTS_FILE: the last text
+of the user, and what was answered. A line of the last text decides the answer: "SLOW n" takes n seconds, "TOOL
+command" asks for the Bash tool to run the command, a compaction request gets a summary, all else a short text.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -91,9 +91,18 @@ class Handler(BaseHTTPRequestHandler):
         with self.record.open("a") as file:
             file.write(json.dumps({"answer": name, "text": last_text(body)[-2000:]}) + "\n")
         if not body.get("stream"):
-            self._json({"id": "msg_1", "type": "message", "role": "assistant", "model": body.get("model", ""),
-                        "content": [block], "stop_reason": "end_turn", "stop_sequence": None,
-                        "usage": {"input_tokens": 10, "output_tokens": 10}})
+            self._json(
+                {
+                    "id": "msg_1",
+                    "type": "message",
+                    "role": "assistant",
+                    "model": body.get("model", ""),
+                    "content": [block],
+                    "stop_reason": "end_turn",
+                    "stop_sequence": None,
+                    "usage": {"input_tokens": 10, "output_tokens": 10},
+                }
+            )
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
