@@ -172,6 +172,7 @@ class _Typist:
             return self._leave_off(seen, why)
         self._entered = True
         self._send(self._profile.type.enter)
+        self._stashed = self._stashed and not self._profile.type.stash_returns
         return self._confirm(evidence)
 
     def _put_aside(self, seen: Seen) -> tuple[Outcome | None, Seen]:
@@ -234,13 +235,10 @@ class _Typist:
         return Outcome(Status.FAILED, f"{self._text} was sent, and nothing shows that it ran: {last}{self._aside()}")
 
     def _bring_back(self, seen: Seen) -> None:
-        """Put the draft back into an empty input, unless the agent does so by itself after a command."""
-        typing = self._profile.type
-        if not self._stashed or (self._entered and typing.stash_returns):
-            self._stashed = False
-            return
-        if typing.unstash and seen.open and seen.draft == "":
-            self._send(typing.unstash)
+        """Put the draft back into an empty input."""
+        keys = self._profile.type.unstash
+        if self._stashed and keys and seen.open and seen.draft == "":
+            self._send(keys)
             self._stashed = False
 
     def _aside(self) -> str:

@@ -4,8 +4,8 @@
 
 Writes the port that it listens on to PORT_FILE and a line of JSON for every request to REQUESTS_FILE: the last text
 of the user, and what was answered. A line of the last text decides the answer: "SLOW n" takes n seconds, "TOOL
-command" asks for the Bash tool to run the command, a compaction request gets a summary, all else a short text.
-Standard library only.
+command" asks for the Bash tool to run the command ("SLOW n TOOL command": after n seconds), a compaction request
+gets a summary, all else a short text. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ from pathlib import Path
 from typing import Any
 
 
+def last_blocks(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of all messages since the model's last: the user's words, a tool's result, and reminders."""
+    blocks: list[dict[str, Any]] = []
+    for message in reversed(body.get("messages") or []):
+        if message.get("role") == "assistant":
+            break
+        content = message.get("content", "")
+        blocks[:0] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return blocks
+
+
 def last_text(body: dict[str, Any]) -> str:
-    """All text of the last message: the user's words, or a tool's result."""
-    messages = body.get("messages") or [{}]
-    content = messages[-1].get("content", "")
-    if isinstance(content, str):
-        return content
-    texts = []
-    for block in content:
-        inner = block.get("content", "") if block.get("type") == "tool_result" else block.get("text", "")
-        texts.append(inner if isinstance(inner, str) else json.dumps(inner))
-    return "\n".join(texts)
+    return "\n".join(str(block.get("text", "")) for block in last_blocks(body))
 
 
-def is_tool_result(body: dict[str, Any]) -> bool:
-    content = (body.get("messages") or [{}])[-1].get("content", "")
-    return isinstance(content, list) and any(block.get("type") == "tool_result" for block in content)
+def wish(body: dict[str, Any]) -> tuple[str, str]:
+    """Seconds and a command that the newest wish asks for, each "" for none; a tool's result fulfils it."""
+    for block in reversed(last_blocks(body) if body.get("tools") else []):
+        wishes = re.findall(r"^(?:SLOW ([0-9.]+))? ?(?:TOOL (.+))?$", str(block.get("text", "")), re.MULTILINE)
+        if found := [wish for wish in wishes if any(wish)]:
+            return found[-1]
+        if block.get("type") == "tool_result":
+            break
+    return "", ""
 
 
 def decide(body: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
@@ -42,13 +50,12 @@ def decide(body: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
     text = last_text(body)
     if "summary of the conversation" in text or "<summary>" in text:
         return "compaction", {"type": "text", "text": "<summary>We talked about little.</summary>"}, 0.0
-    wishes = re.findall(r"^(TOOL|SLOW) (.*)$", text, re.MULTILINE)
-    if wishes and body.get("tools") and not is_tool_result(body):
-        wish, what = wishes[-1]
-        if wish == "TOOL":
-            tool = {"type": "tool_use", "id": f"toolu_{time.time_ns()}", "name": "Bash"}
-            return "tool", {**tool, "input": {"command": what, "description": "a command of the test"}}, 0.0
-        return "slow", {"type": "text", "text": "That took a while."}, float(what)
+    seconds, command = wish(body)
+    if command:
+        tool = {"type": "tool_use", "id": f"toolu_{time.time_ns()}", "name": "Bash"}
+        return "tool", {**tool, "input": {"command": command, "description": "a command"}}, float(seconds or 0)
+    if seconds:
+        return "slow", {"type": "text", "text": "That took a while."}, float(seconds)
     return "text", {"type": "text", "text": "It is done."}, 0.0
 
 
