@@ -2,7 +2,8 @@
 
 `profile_file` reads TOML into these classes: the tables and keys of a file are the fields here, without the unit.
 Texts that are sent are bytes for a terminal (`"\\u0013"` is Ctrl-S). Expressions are Python's, MULTILINE, over the
-visible screen: lines joined by newlines, without the spaces at their ends. Pure.
+visible screen: lines joined by newlines, without the spaces at their ends, and down to the cursor at least: what runs
+is told from what waits by a prompt that is not the last line. Pure.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def try_profile(
 
 def attempt(profile: Profile, pid: int, channel: str) -> dict[str, Any]:
     """What the profile sees of an agent and would do to it, by name; `why_not` is "" where it would be done."""
+    from governor.actions.commands import handles
     from governor.delivery import open_terminal, refusal
     from governor.profile_agent import NoAgent, find_agent
     from governor.profile_state import look
@@ -130,6 +131,10 @@ def attempt(profile: Profile, pid: int, channel: str) -> dict[str, Any]:
         why_not = why_not or (missing if lines is None else refusal(profile, seen))
         if not why_not and seen.draft and not profile.type.stash:
             why_not = "a draft is in its input, and the profile knows no way to put it aside"
+    else:
+        names = {name for tier in Tier if (name := profile.signal(tier))}
+        unheard = sorted(name for name in names if not handles(agent.pid, name))
+        why_not = f"process {agent.pid} does not handle {', '.join(unheard)}" if unheard else ""
     return told | {"why_not": why_not}
 
 

@@ -116,7 +116,7 @@ def is_frozen(pid: int) -> bool:
 
 def read_screen(profile: Profile, lines: list[str]) -> tuple[Found, str | None, str]:
     """The state by the screen, what stands in the input (None: there is none), and the text that was looked at."""
-    text = "\n".join(line[:SCREEN_LIMIT].rstrip() for line in lines[-SCREEN_LIMIT:]).rstrip("\n")
+    text = "\n".join(line[:SCREEN_LIMIT].rstrip() for line in lines[-SCREEN_LIMIT:])
     screen = profile.screen
     prompt = None
     if screen.prompt:

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from governor.channels.terminal import ChannelError
+from governor.channels.terminal import ChannelError, down_to
 from governor.journal import printable
 
 CALL_S = 2.0
@@ -141,7 +141,7 @@ class Renderer:
         except Exception as error:  # noqa: BLE001  of an emulator that is fed by the agent
             self._seen = b""
             raise ChannelError(f"its output cannot be rendered: {type(error).__name__}") from None
-        return [line.rstrip() for line in self._screen.display]
+        return down_to(self._screen.display, self._screen.cursor.y)
 
     def _news(self, output: bytes) -> bytes | None:
         """What was added since the last look; None where that cannot be told."""

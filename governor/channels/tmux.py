@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from governor.channels.terminal import ChannelError
+from governor.channels.terminal import ChannelError, down_to
 from governor.journal import printable
 
 CALL_S = 2.0
@@ -37,7 +37,10 @@ class TmuxTerminal:
 
     def screen(self) -> list[str]:
         """What the pane shows, or would show if nobody scrolled back in it; raises ChannelError."""
-        return self._tmux("capture-pane", "-p", "-t", self._own_pane()).split("\n")
+        pane = self._own_pane()
+        told = self._tmux("display-message", "-p", "-t", pane, "#{cursor_y}", ";", "capture-pane", "-p", "-t", pane)
+        row, *lines = told.removesuffix("\n").split("\n")
+        return down_to(lines, int(row) if row.isdecimal() else 0)
 
     def type(self, keys: bytes) -> None:
         """Leave copy mode if need be, then send the bytes as they are; raises ChannelError."""
