@@ -16,6 +16,10 @@ _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
 _PIPE_FD = 3  # in the child
 
 
+class Deferred(Exception):
+    """Raised by the work of a child: this is not the moment, try again later; the text says why."""
+
+
 class Child:
     """A running child: `pidfd` becomes readable when it ends, `pipe_fd` when it prints.
 
@@ -148,7 +152,8 @@ class Children:
 def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False) -> Child:
     """Run `work` in a fork of this process: it starts at once, with everything imported.
 
-    What it returns becomes the child's output. An exception becomes exit status 1 with its text as output.
+    What it returns becomes the child's output. An exception becomes exit status 1 with its text as output, Deferred
+    becomes 75.
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -158,6 +163,8 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bo
             _become_child(write_fd)
             output = work()
             status = 0
+        except Deferred as error:
+            status, output = _TEMPORARY_FAILURE, str(error).encode()
         except Exception as error:  # noqa: BLE001  the parent tells; there is nobody else here to do so
             output = str(error).encode()
         finally:

@@ -21,6 +21,7 @@ import typer
 from governor import __version__, cgroup, instance, limits, pins, policy_file, probe
 from governor.journal import printable
 from governor.policy_cli import policy_app
+from governor.profile_cli import profile_app
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -34,6 +35,7 @@ app = typer.Typer(
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
+app.add_typer(profile_app, name="profile")
 
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

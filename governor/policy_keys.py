@@ -1,4 +1,4 @@
-"""The keys of a policy file, drawn from the fields of `Policy`, and how their values are written.
+"""The keys of a policy file, drawn from the fields of `Policy`, and how values are written (a profile's as well).
 
 A key is called as its field, without the unit; the unit says how the value is written: `_ratio` 0.7, `_ns` "500ms",
 `_bytes` "4GiB". Reads no file.
@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from governor.policy import Policy
 from governor.session_files import parse_pattern
@@ -28,6 +28,9 @@ _SHOWN_LIMIT = 120
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+T = TypeVar("T")
+
+
 class Unexpected(ValueError):
     """A value that does not fit its key; the text says what would."""
 
@@ -40,6 +43,7 @@ class Key:
     name: str
     field: str
     default: Any
+    check: Callable[[Any], None] | None = None  # raises Unexpected
 
     @property
     def path(self) -> str:
@@ -47,15 +51,21 @@ class Key:
         return f"{self.table}.{self.name}" if self.table else self.name
 
 
-def _keys() -> dict[str, Key]:
+def keys_of(nouns: Any, checks: dict[str, Callable[[Any], None]]) -> dict[str, Key]:
+    """The keys by path, drawn from a dataclass whose fields are values or dataclasses of values.
+
+    `checks`: of texts and lists, by path or by name.
+    """
     found: list[Key] = []
-    for outer in fields(Policy):
-        default = getattr(Policy(), outer.name)
+    for outer in fields(nouns):
+        default = getattr(nouns, outer.name)
+        table, inner = ("", [(outer.name, default)])
         if is_dataclass(default):
-            inner = [(field.name, getattr(default, field.name)) for field in fields(default)]
-            found += [Key(outer.name, _without_unit(name), name, value) for name, value in inner]
-        else:
-            found.append(Key("", _without_unit(outer.name), outer.name, default))
+            table, inner = outer.name, [(field.name, getattr(default, field.name)) for field in fields(default)]
+        for field_name, value in inner:
+            name = _without_unit(field_name)
+            check = checks.get(f"{table}.{name}", checks.get(name))
+            found.append(Key(table, name, field_name, value, check))
     keys = {key.path: key for key in found}
     assert len(keys) == len(found), "two fields of a table differ in nothing but the unit"
     return dict(sorted(keys.items(), key=lambda item: item[1].table != ""))  # a file has the top level first
@@ -65,25 +75,28 @@ def _without_unit(field: str) -> str:
     return re.sub(r"_(ratio|ns|bytes)$", "", field)
 
 
-KEYS = _keys()
-TABLES = tuple(dict.fromkeys(key.table for key in KEYS.values() if key.table))
-
-
-def flatten(policy: Policy) -> dict[str, Any]:
-    """The value of every key, in its field's unit."""
+def flatten(nouns: Any, keys: dict[str, Key] | None = None) -> dict[str, Any]:
+    """The value of every key (default: of a policy), in its field's unit."""
     return {
-        path: getattr(getattr(policy, key.table) if key.table else policy, key.field) for path, key in KEYS.items()
+        path: getattr(getattr(nouns, key.table) if key.table else nouns, key.field)
+        for path, key in (KEYS if keys is None else keys).items()
     }
 
 
 def build(values: dict[str, Any]) -> Policy:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`, for a policy."""
+    return build_from(Policy(), values, KEYS)
+
+
+def build_from(nouns: T, values: dict[str, Any], keys: dict[str, Key]) -> T:
+    """`nouns`, a dataclass, with these values; the inverse of `flatten`."""
     changed: dict[str, dict[str, Any]] = {}
-    for path, key in KEYS.items():
+    for path, key in keys.items():
         changed.setdefault(key.table, {})[key.field] = values[path]
     top = changed.pop("")
-    tables = {table: replace(getattr(Policy(), table), **inner) for table, inner in changed.items()}
-    return replace(Policy(), **top, **tables)
+    tables = {table: replace(getattr(nouns, table), **inner) for table, inner in changed.items()}
+    built: T = replace(nouns, **top, **tables)  # type: ignore[type-var]  # any dataclass
+    return built
 
 
 def convert(key: Key, value: Any) -> Any:
@@ -149,30 +162,33 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _checked(key: Key, value: Any) -> Any:
-    check = _CHECKS.get(key.name)
-    if check:
-        check(value)
+    if key.check:
+        key.check(value)
     return value
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises Unexpected for what could not be a file's name."""
     if not NAME.fullmatch(name):
         raise Unexpected("a name of at most 64 letters, digits, '.', '_' and '-', beginning with a letter or digit")
 
 
-def _check_signal(name: str) -> None:
+def check_signal(name: str) -> None:
+    """Raises Unexpected for what is no signal that can be handled; "" is none."""
     if name in ("SIGKILL", "SIGSTOP"):
         raise Unexpected("a signal that the agent can handle")
     if name and name not in signal.Signals.__members__:
         raise Unexpected(f'the name of a signal, such as "SIGUSR1"{hint(name, list(signal.Signals.__members__))}')
 
 
-def _check_exec(command: tuple[str, ...]) -> None:
+def check_exec(command: tuple[str, ...]) -> None:
+    """Raises Unexpected for a command without a program; () is none."""
     if command and not command[0]:
         raise Unexpected("a list that begins with the program to run")
 
 
-def _check_globs(globs: tuple[str, ...]) -> None:
+def check_globs(globs: tuple[str, ...]) -> None:
+    """Raises Unexpected for globs that are not absolute or of a home."""
     for glob in globs:
         try:
             parse_pattern(glob, "/")
@@ -191,12 +207,14 @@ def _check_cgroups(globs: tuple[str, ...]) -> None:
 
 
 _CHECKS: dict[str, Callable[[Any], None]] = {
-    "name": _check_name,
-    "signal": _check_signal,
-    "exec": _check_exec,
-    "globs": _check_globs,
+    "name": check_name,
+    "signal": check_signal,
+    "exec": check_exec,
+    "globs": check_globs,
     "cgroup": _check_cgroups,
 }
+KEYS = keys_of(Policy(), _CHECKS)
+TABLES = tuple(dict.fromkeys(key.table for key in KEYS.values() if key.table))
 
 
 def hint(found: str, known: list[str]) -> str:

@@ -122,14 +122,19 @@ def signal_agent(pidfd: int, pid: int, name: str) -> Ended:
         number = signal.Signals[name]
     except KeyError:
         raise ValueError(f"found signal {name!r}, expected a name as SIGUSR1") from None
-    masks = signal_masks(pid)
-    if masks is None:
+    if signal_masks(pid) is None:
         return Ended(1, b"the agent is gone", over_deadline=False)
-    if not any(mask >> (number - 1) & 1 for mask in masks.values()):
+    if not handles(pid, name):
         return Ended(1, f"the agent does not handle {name}: not sent".encode(), over_deadline=False)
     if not send_by_pidfd(pidfd, number):
         return Ended(1, b"the agent is gone", over_deadline=False)
     return Ended(0, b"", over_deadline=False)
+
+
+def handles(pid: int, name: str) -> bool:
+    """Whether a process does something else with a signal than end; raises KeyError for a name that is no signal."""
+    masks = signal_masks(pid) or {}
+    return any(mask >> (signal.Signals[name] - 1) & 1 for mask in masks.values())
 
 
 def _write(path: str, value: bytes) -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from governor import policy_file
+from governor import policy_file, toml_file
 from governor.cli import app
 from governor.journal import printable
 from governor.policy import SECOND, Efficacy, Policy, Source, levels
@@ -147,7 +147,7 @@ FAULTS = [
     ("x = " + "9" * 5000, 0, "", "a value", "4300 digits"),
     ("x = " + "[" * 5000, 0, "", "arrays or tables within each other without end", "two levels"),
     (b"a = 1\n\xff\xfe", 2, "", "the byte 0xff", "UTF-8"),
-    (b"#" * (policy_file.FILE_LIMIT_BYTES + 1), 0, "", "a larger file", "65536 bytes"),
+    (b"#" * (toml_file.FILE_LIMIT_BYTES + 1), 0, "", "a larger file", "65536 bytes"),
     ("\nx." + "a." * 100 + "a = 1", 2, "", '"x.' + "a." * 59 + "...", "at most 100 dots"),
 ]
 

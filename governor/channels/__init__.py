@@ -1,0 +1,1 @@
+"""Ways to an agent's terminal; used in short-lived children only."""

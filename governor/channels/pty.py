@@ -1,0 +1,225 @@
+"""The terminal of an agent that `governor run` started: asked over its control socket, rendered here.
+
+What comes is the raw output of the agent: hostile, and it may begin in the middle of anything. Only the sequences
+that move, erase and scroll reach the emulator (pyte, imported when a screen is first wanted); colours, titles,
+queries and all others are dropped before, which also makes it fast. Between two looks only what is new is fed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import struct
+from base64 import b64decode, b64encode
+from collections.abc import Collection
+from typing import Any
+
+import orjson
+
+from governor.channels.terminal import ChannelError, down_to
+from governor.journal import printable
+
+CALL_S = 2.0
+_ANSWER_LIMIT_BYTES = 1 << 20
+_OUTPUT_LIMIT_BYTES = 256 << 10
+_SIZE_LIMIT = 500
+_PIPE_SIZE = (100, _SIZE_LIMIT)  # of an agent that has no terminal
+_OVERLAP_BYTES = 16 << 10
+_REASON_LIMIT = 200
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+
+_ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")
+_TOKEN = re.compile(
+    rb"\x1b\[(?P<parameters>[0-9;]{0,16})(?P<final>[@A-HJ-MPSTXadefr])"  # CSI that moves, erases or scrolls
+    rb"|(?P<wrap>\x1b\[\?7[hl])"
+    rb"|(?P<escape>\x1b[78DEMc])"
+    rb"|\x1b\[[0-?]*[ -/]*[@-~]"  # any other CSI
+    rb"|\x1b[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*(?:\x07|\x1b\\)"  # strings: DCS, SOS, PM, APC, OSC
+    rb"|\x1b[ -/]*[0-~]"  # any other escape
+    rb"|[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]"
+)
+_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*\x1b?|[ -/]*)\Z")
+
+
+class PtyTerminal:
+    """The terminal behind a control socket."""
+
+    def __init__(self, control_socket_path: str, agent_pids: Collection[int] = ()) -> None:
+        """`agent_pids`: the process that the terminal is of must be one of them [default: any]."""
+        self._path, self._agent_pids = control_socket_path, frozenset(agent_pids)
+        self._renderer: Renderer | None = None
+
+    def screen(self) -> list[str]:
+        """The visible lines; raises ChannelError."""
+        rows, columns, output = self._ask_terminal()
+        if self._renderer is None or self._renderer.size != (rows, columns):
+            self._renderer = Renderer(rows, columns)
+        return self._renderer.show(output)
+
+    def type(self, keys: bytes) -> None:
+        """Write the bytes to the agent's input; raises ChannelError."""
+        self._ask_terminal()  # whose it is, before anything is sent
+        self._ask({"ask": "type", "keys": b64encode(keys).decode()})
+
+    def _ask_terminal(self) -> tuple[int, int, bytes]:
+        told = self._ask({"ask": "terminal"})
+        rows, columns, pid, output = (told.get(key) for key in ("rows", "columns", "pid", "output"))
+        if type(rows) is not int or type(columns) is not int or type(pid) is not int or not isinstance(output, str):
+            raise ChannelError("governor run told something else than its terminal")
+        if self._agent_pids and pid not in self._agent_pids:
+            raise ChannelError(f"this is the terminal of process {pid}, which is not the agent's")
+        try:
+            data = b64decode(output, validate=True)[-_OUTPUT_LIMIT_BYTES:]
+        except ValueError:
+            raise ChannelError("governor run told an output that is no base64") from None
+        if rows <= 0 or columns <= 0:
+            rows, columns = _PIPE_SIZE
+            data = re.sub(rb"\r?\n", b"\r\n", data)  # no terminal has done it
+        return min(rows, _SIZE_LIMIT), min(columns, _SIZE_LIMIT), data
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request on a connection of its own; raises ChannelError."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(CALL_S)
+                connection.connect(self._path)
+                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                _, uid, _ = _CREDENTIALS.unpack(credentials)
+                if os.geteuid() != 0 and uid not in (0, os.geteuid()):
+                    raise ChannelError(f"{printable(self._path)} is another user's ({uid})")
+                connection.sendall(orjson.dumps(request) + b"\n")
+                answer = _line(connection)
+        except TimeoutError:
+            raise ChannelError(f"governor run did not answer within {CALL_S:g} s") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ChannelError(f"cannot ask governor run at {printable(self._path)}: {reason}") from None
+        try:
+            told = orjson.loads(answer)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise ChannelError("governor run answered with something else than an object")
+        if told.get("ok") is False:
+            raise ChannelError(f"governor run: {printable(str(told.get('reason')))[:_REASON_LIMIT]}")
+        return told
+
+
+def _line(connection: socket.socket) -> bytes:
+    """The answer; raises ChannelError."""
+    answer = bytearray()
+    while b"\n" not in answer:
+        data = connection.recv(65536)
+        if not data:
+            raise ChannelError("governor run hung up")
+        answer += data
+        if len(answer) > _ANSWER_LIMIT_BYTES:
+            raise ChannelError("governor run answered too much")
+    return bytes(answer.partition(b"\n")[0])
+
+
+class Renderer:
+    """Turns the end of a terminal's output into what it shows; `size` is rows and columns."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        """Nothing is shown yet."""
+        self.size = rows, columns
+        self._seen = b""
+        self._fresh()
+
+    def show(self, output: bytes) -> list[str]:
+        """The visible lines after this output, of which the beginning may be missing; raises ChannelError."""
+        news = self._news(output)
+        self._seen = output
+        try:
+            if news is None or _ALTERNATE.search(news):
+                self._fresh()
+                self._feed(_of_the_screen(_from_a_boundary(output)))
+            else:
+                self._feed(news)
+        except Exception as error:  # noqa: BLE001  of an emulator that is fed by the agent
+            self._seen = b""
+            raise ChannelError(f"its output cannot be rendered: {type(error).__name__}") from None
+        return down_to(self._screen.display, self._screen.cursor.y)
+
+    def _news(self, output: bytes) -> bytes | None:
+        """What was added since the last look; None where that cannot be told."""
+        seen = self._seen
+        if not seen:
+            return None
+        if output.startswith(seen):
+            return output[len(seen) :]
+        known = seen[-_OVERLAP_BYTES:]
+        if (
+            len(known) < _OVERLAP_BYTES
+            or output.count(known) != 1
+            or output.find(known[1:]) != output.rfind(known[1:])
+        ):
+            return None
+        return output[output.find(known) + len(known) :]
+
+    def _fresh(self) -> None:
+        import pyte
+
+        class Screen(pyte.Screen):
+            """One that scrolls by SU and SD as well, which pyte leaves out."""
+
+            def scroll_up(self, count: int = 1) -> None:
+                self._scroll(count, (self.margins.bottom if self.margins else self.lines - 1), self.index)
+
+            def scroll_down(self, count: int = 1) -> None:
+                self._scroll(count, (self.margins.top if self.margins else 0), self.reverse_index)
+
+            def _scroll(self, count: int, line: int, step: Any) -> None:
+                column, row = self.cursor.x, self.cursor.y
+                self.cursor.y = line
+                for _ in range(min(count or 1, self.lines)):
+                    step()
+                self.cursor.x, self.cursor.y = column, row
+
+        class Stream(pyte.ByteStream):
+            csi = {**pyte.ByteStream.csi, "S": "scroll_up", "T": "scroll_down"}  # noqa: RUF012  as in pyte
+            events = frozenset([*pyte.ByteStream.events, "scroll_up", "scroll_down"])
+
+        rows, columns = self.size
+        self._screen = Screen(columns, rows)
+        self._stream = Stream(self._screen)
+        self._left = b""
+
+    def _feed(self, data: bytes) -> None:
+        data = self._left + data
+        unfinished = _UNFINISHED.search(data)
+        self._left = data[unfinished.start() :] if unfinished else b""
+        if len(self._left) > _OVERLAP_BYTES:
+            self._left = b""  # a string without an end
+        self._stream.feed(_TOKEN.sub(_kept, data[: unfinished.start()] if unfinished else data))
+
+
+def _kept(token: re.Match[bytes]) -> bytes:
+    """A sequence as the emulator may have it."""
+    if token["final"] is None:
+        return bytes(token["wrap"] or token["escape"] or b"")
+    most = 2 if token["final"] in b"Hfr" else 1
+    parameters = token["parameters"].split(b";")[:most]
+    if token["final"] in b"JK" and parameters[0] not in (b"", b"0", b"1", b"2", b"3"):
+        return b""
+    return b"\x1b[" + b";".join(parameter[:4] for parameter in parameters) + bytes(token["final"])
+
+
+def _from_a_boundary(output: bytes) -> bytes:
+    """Without the tail of a sequence or a character that a full buffer may begin with."""
+    if len(output) < _OUTPUT_LIMIT_BYTES:
+        return output
+    start = re.search(rb"[\x1b\n]", output)
+    return output[start.start() :] if start else output
+
+
+def _of_the_screen(output: bytes) -> bytes:
+    """What was written to the screen that is shown; the alternate one begins empty and leaves the usual one alone."""
+    parts = _ALTERNATE.split(output)  # text, "h" or "l", text, ...
+    if len(parts) > 1 and parts[-2] == b"h":
+        return parts[-1]
+    usual = [parts[0] if len(parts) == 1 or parts[1] == b"h" else b""]
+    usual += [text for switch, text in zip(parts[1::2], parts[2::2], strict=True) if switch == b"l"]
+    return b"".join(usual)

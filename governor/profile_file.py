@@ -1,0 +1,233 @@
+"""Reads a profile from TOML: one of the package or a file; every fault at once, with its line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from governor.policy_keys import (
+    NAME,
+    Unexpected,
+    build_from,
+    check_exec,
+    check_globs,
+    check_name,
+    check_signal,
+    flatten,
+    hint,
+    keys_of,
+    toml_text,
+    written,
+)
+from governor.profile import Profile
+from governor.session_files import parse_pattern
+from governor.toml_file import Fault, FileError, given_values, line_of, read_file, read_tree
+
+_PROFILES = Path(__file__).parent / "profiles"
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_NAME_LIMIT = 255  # of a file name
+ProfileError = FileError  # a profile that cannot be used
+
+
+def _check_expression(text: str) -> None:
+    try:
+        re.compile(text, re.MULTILINE)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Unexpected(f"a regular expression ({error})") from None
+
+
+def _check_expressions(texts: tuple[str, ...]) -> None:
+    for text in texts:
+        _check_expression(text)
+        if re.search(text, ""):
+            raise Unexpected(f"expressions that an empty screen does not match; found {toml_text(text)}")
+
+
+def _check_prompt(text: str) -> None:
+    if text:
+        _check_expression(text)
+        if "draft" not in re.compile(text).groupindex:
+            raise Unexpected('a regular expression with a group "(?P<draft>...)" for what stands in the input')
+
+
+def _check_path(text: str, known: tuple[str, ...]) -> None:
+    if text:
+        _check_fields((text,), known)
+        try:
+            parse_pattern(_FIELD.sub("x", text), "/")
+        except ValueError:
+            raise Unexpected("a path that begins with / or ~/ and is without '..'") from None
+
+
+def _check_state_path(text: str) -> None:
+    _check_path(text, ("pid",))
+    if any(char in text for char in "*?["):
+        raise Unexpected("a path without wildcards: {pid} stands for the agent's process")
+
+
+def _check_transcript(text: str) -> None:
+    _check_path(text, ("session",))
+
+
+def _check_command(command: tuple[str, ...]) -> None:
+    check_exec(command)
+    _check_fields(command, ("session",))
+
+
+def _check_fields(texts: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for text in texts:
+        for name in _FIELD.findall(text):
+            if name not in known:
+                raise Unexpected(f"no other field than {', '.join(f'{{{each}}}' for each in known)}")
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not name or "/" in name or len(name) > _NAME_LIMIT:
+            raise Unexpected(f'names of programs, such as "node" or "agent-*"; found {toml_text(name)}')
+
+
+def _check_statuses(statuses: tuple[str, ...]) -> None:
+    if "" in statuses:
+        raise Unexpected("statuses that are not empty")
+
+
+def _check_signal(name: str) -> None:
+    check_signal(name)
+    if name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE"):
+        raise Unexpected('a signal that means something to the agent, such as "SIGUSR1"')
+
+
+def _check_line(text: str) -> None:
+    if any(not char.isprintable() for char in text):
+        raise Unexpected("one line of text; the keys around it have keys of their own: before, enter")
+
+
+KEYS = keys_of(
+    Profile(),
+    {
+        "name": check_name,
+        "match.process": _check_names,
+        "state_file.path": _check_state_path,
+        **{f"state_file.{status}": _check_statuses for status in ("idle", "busy", "waiting")},
+        "screen.prompt": _check_prompt,
+        **{f"screen.{state}": _check_expressions for state in ("placeholder", "busy", "waiting", "shell", "vim")},
+        "type.compact": _check_line,
+        "type.clear": _check_line,
+        "confirm.transcript": _check_transcript,
+        **{f"confirm.{tier}_record": _check_expressions for tier in ("compact", "clear")},
+        **{f"confirm.{tier}_screen": _check_expressions for tier in ("compact", "clear")},
+        "confirm.queued": _check_expressions,
+        "confirm.refused": _check_expressions,
+        **{f"signals.{what}": _check_signal for what in ("compact", "clear", "terminate")},
+        "session.globs": check_globs,
+        "session.compact_stopped": _check_command,
+        "session.resume": _check_command,
+        "session.sweep": _check_names,
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A profile, and for every key that the file gives its line."""
+
+    profile: Profile
+    lines: dict[str, int]
+
+
+def profiles() -> dict[str, Path]:
+    """The profiles that come with the package, by name."""
+    return {path.stem: path for path in sorted(_PROFILES.glob("*.toml"))}
+
+
+def load(name_or_path: str) -> Loaded:
+    """A profile of the package by its name or a file by its path; raises ProfileError."""
+    known = profiles()
+    if name_or_path in known:
+        return parse(read_file(str(known[name_or_path])), name_or_path)
+    if "/" not in name_or_path and not Path(name_or_path).exists():
+        names = ", ".join(known)
+        expected = f"a file, or a profile: {names}{hint(name_or_path, list(known))}"
+        raise ProfileError(name_or_path, [Fault(0, "", "no such file or profile", expected)])
+    return parse(read_file(name_or_path), name_or_path)
+
+
+def parse(data: bytes, where: str) -> Loaded:
+    """The profile that a file's bytes say; `where` is the file's name; raises ProfileError."""
+    tree, lines = read_tree(data, where)
+    faults: list[Fault] = []
+    given = given_values(tree, lines, KEYS, (), "a profile", faults)
+    values = flatten(Profile(), KEYS) | given
+    stem = Path(where).stem
+    if "name" not in given and NAME.fullmatch(stem):
+        values["name"] = stem
+    faulty = {fault.key for fault in faults}
+    faults += _between(values, {path for path in given if path not in faulty}, faulty, lines)
+    if faults:
+        raise ProfileError(where, sorted(faults, key=lambda fault: fault.line))
+    return Loaded(build_from(Profile(), values, KEYS), {path: line_of(lines, path) for path in given})
+
+
+# What a key is good for only beside another; ("given", "needed").
+_NEEDS = (
+    *((f"state_file.{key}", "state_file.path") for key in ("session", "cwd", "start", "status", "detail")),
+    *((f"state_file.{state}", "state_file.status") for state in ("idle", "busy", "waiting")),
+    ("state_file.detail", "state_file.status"),
+    ("screen.placeholder", "screen.prompt"),
+    ("type.compact", "screen.prompt"),  # what is typed is looked for there before Enter
+    ("type.clear", "screen.prompt"),
+    ("type.stash", "screen.prompt"),
+    ("type.unstash", "type.stash"),
+    ("type.stash_returns", "type.stash"),
+    ("confirm.compact_record", "confirm.transcript"),
+    ("confirm.clear_record", "confirm.transcript"),
+    ("confirm.clear_new_session", "state_file.session"),
+)
+
+
+def _between(values: dict[str, Any], given: set[str], faulty: set[str], lines: Any) -> list[Fault]:
+    """Faults between keys, each said of the key that the file gives; one that is faulty itself is passed over."""
+
+    def fault(path: str, expected: str) -> Fault:
+        return Fault(line_of(lines, path), path, written(KEYS[path], values[path]), expected)
+
+    faults = [
+        fault(path, f"{needed} beside it")
+        for path, needed in _NEEDS
+        if path in given and values[path] and not values[needed] and needed not in faulty
+    ]
+    for path in ("session.compact_stopped", "session.resume", "confirm.transcript"):
+        asks = "{session}" in "\n".join([values[path]] if isinstance(values[path], str) else values[path])
+        if path in given and asks and not values["state_file.session"] and "state_file.session" not in faulty:
+            faults.append(fault(path, "state_file.session beside it, which tells the {session}"))
+    if (
+        not any(values[f"{way}.{tier}"] for way in ("type", "signals") for tier in ("compact", "clear"))
+        and not faulty
+    ):
+        faults.append(Fault(0, "", "no way to compact or clear", "a [type] or [signals] with compact or clear"))
+    for tier in ("compact", "clear"):
+        typed, signalled = f"type.{tier}", f"signals.{tier}"
+        if {typed, signalled} <= given and values[typed] and values[signalled]:
+            faults.append(fault(signalled, f"only one of {typed} and {signalled}"))
+    for status in _repeated(values, faulty):
+        faults.append(fault(status, "each status in one list only"))
+    if "confirm.within" in given and not values["confirm.within"]:
+        faults.append(fault("confirm.within", "more than 0"))
+    return faults
+
+
+def _repeated(values: dict[str, Any], faulty: set[str]) -> list[str]:
+    """The lists of statuses that repeat what an earlier one says."""
+    seen: set[str] = set()
+    found = []
+    for state in ("idle", "busy", "waiting"):
+        path = f"state_file.{state}"
+        if path in faulty:
+            continue
+        if seen & set(values[path]):
+            found.append(path)
+        seen |= set(values[path])
+    return found
