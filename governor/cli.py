@@ -11,16 +11,17 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import orjson
 import typer
 
-from governor import __version__, cgroup, instance, pins, policy_file, probe
+from governor import __version__, cgroup, guard_options, instance, pins, policy_file, probe
+from governor.guard_options import Wishes
 from governor.journal import printable
 from governor.policy_cli import policy_app
+from governor.run_cli import run
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -34,6 +35,7 @@ app = typer.Typer(
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
+app.command(context_settings={"allow_interspersed_args": False})(run)
 
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -82,36 +84,22 @@ def guard(
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
-    if source not in ("", "auto", "bpf", "psi", "poll"):
-        _fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
-    path, memcg = _check_target(target, pid)
-    globs = _check_globs(archive or [])
-    cgroup_id = path.stat().st_ino
-    name = _checked(name or f"guard-{cgroup_id}")
     compact_argv = _check_command(compact)
-    policy = _check_policy(policy, path)
+    wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source)
     try:
-        _lock(f"memcg-{cgroup_id}")
+        guard_options.check(wishes)
+        path, memcg = _check_target(target, pid)
+        name = _checked(name or f"guard-{memcg.cgroup_id}")
+        wishes = wishes._replace(policy=guard_options.check_policy(policy, memcg.path))
+    except ValueError as error:
+        _fail(f"{error}", 2)
+    try:
+        _lock(guard_options.lock_name(memcg.cgroup_id))
     except instance.Busy as busy:
         typer.echo(f"governor: {path} is already guarded by process {busy.pid}; leaving it to that", err=True)
         raise typer.Exit(0) from None
     _lock_instance(name)
-    loaded_before = pins.current(name) is not None and not name.startswith("guard-")
-    state = instance.state_directory()
-    options = {
-        "cgroup": str(path),
-        "instance": name,
-        "knob_path": str(instance.knob_file(f"memcg-{cgroup_id}")),
-        "archive_directory": str((archive_dir or state / "archive").absolute()),
-        "journal_path": str((journal or state / f"journal-{name}.ndjson").absolute()),
-        "agent_pid": pid,
-        "unload_at_end": not loaded_before,
-        "source": source,
-        "bpf_refused": "" if pins.current(name) else _bpf_refused(memcg),
-        "policy": policy,
-        "archive_globs": globs,
-        "compact_argv": compact_argv,
-    }
+    options = guard_options.build(memcg, name, wishes, pid)
     typer.echo(f"governor: guarding {path}", err=True)
     argument = orjson.dumps(options).decode()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", argument])
@@ -139,28 +127,6 @@ def _check_command(text: str) -> list[str]:
         _fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
 
 
-def _check_policy(policy: str, target: Path) -> str:
-    """The preset's name, or the absolute path of a good file that is for this target."""
-    try:
-        loaded = policy_file.load(policy).policy
-    except policy_file.PolicyError as error:
-        _fail(f"{error}", 2)
-    below = str(target.relative_to(cgroup.ROOT)) if target.is_relative_to(cgroup.ROOT) else str(target)
-    if not any(fnmatchcase(below, glob) for glob in loaded.select.cgroup):
-        _fail(f"policy {loaded.name!r} selects {', '.join(loaded.select.cgroup)}, which {below} is not", 2)
-    return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
-
-
-def _bpf_refused(memcg: cgroup.Memcg) -> str:
-    """Why the programs are not to be loaded; "" where they are to be tried."""
-    if memcg.v1:
-        return "the programs watch memcgs of cgroup v2"
-    if cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
-        return "governor runs inside the memcg, and compiling would take 160 MiB of it"
-    verdict = probe.decide(probe.probe())
-    return "" if verdict.source == "bpf" else verdict.reason.removeprefix("no BPF: ")
-
-
 def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
     path = Path(os.path.realpath(target))
     root = Path(cgroup.ROOT)
@@ -179,17 +145,6 @@ def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
         if not cgroup.is_inside(where, str(path)):
             _fail(f"process {pid} is in {where}, expected it in {path}", 2)
     return path, memcg
-
-
-def _check_globs(globs: list[str]) -> list[str]:
-    from governor.session_files import parse_pattern
-
-    for glob in globs:
-        try:
-            parse_pattern(glob, "/")
-        except ValueError as error:
-            _fail(str(error), 2)
-    return globs
 
 
 def _checked(name: str) -> str:
