@@ -100,6 +100,20 @@ class KnobFile:
         return told
 
 
+def is_stopped_by_governor(path: str, pid: int) -> bool:
+    """Whether the knob file at `path` has it that governor stopped a process; False where there is no such file."""
+    if not os.path.exists(path):  # noqa: PTH110  no pathlib here
+        return False
+    memory = KnobFile(path).memory
+    for start in range(0, len(memory), SLOT_BYTES):
+        at = start + _OFF_STOPPED
+        count = min(_STOPPED_COUNT.unpack_from(memory, at)[0], _STOPPED_LIMIT)
+        listed = (_STOPPED.unpack_from(memory, at + _STOPPED_COUNT.size + i * _STOPPED.size) for i in range(count))
+        if memory[start + _OFF_FROZEN] == STOP and any(stopped == pid for stopped, _ in listed):
+            return True
+    return False
+
+
 def _let_go_on(memory: mmap.mmap, start: int) -> int:
     """SIGCONT to exactly the processes that the slot names as stopped by us; how many there were."""
     if memory[start + _OFF_FROZEN] != STOP:

@@ -11,17 +11,20 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
 
-from governor import __version__, cgroup, instance, limits, pins, policy_file, probe
+from governor import __version__, cgroup, guard_options, instance, limits, pins, policy_file, probe
+from governor.archive_cli import ArchiveOption, archive_app
+from governor.cli_common import JsonOption, fail, out
+from governor.guard_options import Wishes
 from governor.journal import printable
 from governor.policy_cli import policy_app
 from governor.profile_cli import profile_app
+from governor.run_cli import run
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -32,26 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
 app.add_typer(profile_app, name="profile")
+app.command(context_settings={"allow_interspersed_args": False})(run)
 
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ArchiveOption = Annotated[
-    Path | None,
-    typer.Option("--archive-dir", help="Where archives are [default: under the state directory]."),
-]
-
-
-def _out(text: str) -> None:
-    typer.echo(text)
-
-
-def _fail(text: str, status: int = 1) -> NoReturn:
-    typer.echo(f"governor: {text}", err=True)
-    raise typer.Exit(status)
 
 
 @app.callback(invoke_without_command=True)
@@ -59,7 +48,7 @@ def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        _out(f"governor {__version__}, BPF programs {pins.program_version()}")
+        out(f"governor {__version__}, BPF programs {pins.program_version()}")
         raise typer.Exit
 
 
@@ -84,36 +73,22 @@ def guard(
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
-    if source not in ("", "auto", "bpf", "psi", "poll"):
-        _fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
-    path, memcg = _check_target(target, pid)
-    globs = _check_globs(archive or [])
-    cgroup_id = path.stat().st_ino
-    name = _checked(name or f"guard-{cgroup_id}")
     compact_argv = _check_command(compact)
-    policy = _check_policy(policy, path)
+    wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source)
     try:
-        _lock(f"memcg-{cgroup_id}")
+        guard_options.check(wishes)
+        path, memcg = _check_target(target, pid)
+        name = _checked(name or f"guard-{memcg.cgroup_id}")
+        wishes = wishes._replace(policy=guard_options.check_policy(policy, memcg.path))
+    except ValueError as error:
+        fail(f"{error}", 2)
+    try:
+        _lock(guard_options.lock_name(memcg.cgroup_id))
     except instance.Busy as busy:
         typer.echo(f"governor: {path} is already guarded by process {busy.pid}; leaving it to that", err=True)
         raise typer.Exit(0) from None
     _lock_instance(name)
-    loaded_before = pins.current(name) is not None and not name.startswith("guard-")
-    state = instance.state_directory()
-    options = {
-        "cgroup": str(path),
-        "instance": name,
-        "knob_path": str(instance.knob_file(f"memcg-{cgroup_id}")),
-        "archive_directory": str((archive_dir or state / "archive").absolute()),
-        "journal_path": str((journal or state / f"journal-{name}.ndjson").absolute()),
-        "agent_pid": pid,
-        "unload_at_end": not loaded_before,
-        "source": source,
-        "bpf_refused": "" if pins.current(name) else _bpf_refused(memcg),
-        "policy": policy,
-        "archive_globs": globs,
-        "compact_argv": compact_argv,
-    }
+    options = guard_options.build(memcg, name, wishes, pid)
     typer.echo(f"governor: guarding {path}", err=True)
     argument = orjson.dumps(options).decode()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", argument])
@@ -123,7 +98,7 @@ def _lock(name: str) -> None:
     try:
         instance.lock(name)
     except PermissionError as error:
-        _fail(f"{error.strerror}: {error.filename}; governor needs root for this")
+        fail(f"{error.strerror}: {error.filename}; governor needs root for this")
 
 
 def _lock_instance(name: str) -> None:
@@ -131,36 +106,14 @@ def _lock_instance(name: str) -> None:
     try:
         _lock(name)
     except instance.Busy as busy:
-        _fail(f"instance {name!r} is in use by process {busy.pid}; choose another with --instance, or stop it first")
+        fail(f"instance {name!r} is in use by process {busy.pid}; choose another with --instance, or stop it first")
 
 
 def _check_command(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        _fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
-
-
-def _check_policy(policy: str, target: Path) -> str:
-    """The preset's name, or the absolute path of a good file that is for this target."""
-    try:
-        loaded = policy_file.load(policy).policy
-    except policy_file.PolicyError as error:
-        _fail(f"{error}", 2)
-    below = str(target.relative_to(cgroup.ROOT)) if target.is_relative_to(cgroup.ROOT) else str(target)
-    if not any(fnmatchcase(below, glob) for glob in loaded.select.cgroup):
-        _fail(f"policy {loaded.name!r} selects {', '.join(loaded.select.cgroup)}, which {below} is not", 2)
-    return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
-
-
-def _bpf_refused(memcg: cgroup.Memcg) -> str:
-    """Why the programs are not to be loaded; "" where they are to be tried."""
-    if memcg.v1:
-        return "the programs watch memcgs of cgroup v2"
-    if cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
-        return "governor runs inside the memcg, and compiling would take 160 MiB of it"
-    verdict = probe.decide(probe.probe())
-    return "" if verdict.source == "bpf" else verdict.reason.removeprefix("no BPF: ")
+        fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
 
 
 def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
@@ -169,7 +122,7 @@ def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
     try:
         memcg = cgroup.Memcg(str(path))
     except OSError:
-        _fail(
+        fail(
             f"found no memcg at {target} that may be read, expected a directory below {root} with a memory.max, or "
             "memory.limit_in_bytes of cgroup v1; governor doctor shows what this machine has",
             2,
@@ -177,34 +130,23 @@ def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
     if pid is not None:
         where = cgroup.memcg_of(pid, memcg.v1)
         if where is None:
-            _fail(f"found no process {pid}", 2)
+            fail(f"found no process {pid}", 2)
         if not cgroup.is_inside(where, str(path)):
-            _fail(f"process {pid} is in {where}, expected it in {path}", 2)
+            fail(f"process {pid} is in {where}, expected it in {path}", 2)
     return path, memcg
-
-
-def _check_globs(globs: list[str]) -> list[str]:
-    from governor.session_files import parse_pattern
-
-    for glob in globs:
-        try:
-            parse_pattern(glob, "/")
-        except ValueError as error:
-            _fail(str(error), 2)
-    return globs
 
 
 def _checked(name: str) -> str:
     try:
         return pins.check_instance(name)
     except ValueError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
 
 
 def _load(name: str, attach: str) -> dict[str, str]:
     result = probe.run_loader(name, attach)
     if error := result.get("error"):
-        _fail(f"cannot load the BPF programs: {error}\ngovernor doctor shows what is missing")
+        fail(f"cannot load the BPF programs: {error}\ngovernor doctor shows what is missing")
     return result
 
 
@@ -216,14 +158,14 @@ def load(
 ) -> None:
     """Compile, attach and pin the BPF programs; they stay until `governor unload`."""
     if attach not in ("auto", "fentry", "kprobe"):
-        _fail(f"found --attach {attach!r}, expected auto, fentry or kprobe", 2)
+        fail(f"found --attach {attach!r}, expected auto, fentry or kprobe", 2)
     _lock_instance(_checked(name))
     result = _load(name, attach)
     if json:
-        _out(orjson.dumps({"instance": name, "modules": result}).decode())
+        out(orjson.dumps({"instance": name, "modules": result}).decode())
         return
     for module, how in result.items():
-        _out(f"{module:8} {how}")
+        out(f"{module:8} {how}")
 
 
 @app.command()
@@ -232,8 +174,8 @@ def unload(name: InstanceOption = "default") -> None:
     _lock_instance(_checked(name))
     if not pins.unload(name):
         known = ", ".join(pins.instances()) or "none"
-        _fail(f"found no instance {name!r}; loaded: {known}")
-    _out(f"{name} is unloaded")
+        fail(f"found no instance {name!r}; loaded: {known}")
+    out(f"{name} is unloaded")
 
 
 @app.command()
@@ -251,14 +193,14 @@ def doctor(
         facts = probe.Facts(**asdict(facts) | {"loaded": probe.try_load()})
         verdict = probe.decide(facts)
     if json:
-        _out(orjson.dumps({"facts": asdict(facts), "verdict": asdict(verdict)}).decode())
+        out(orjson.dumps({"facts": asdict(facts), "verdict": asdict(verdict)}).decode())
     else:
         for name, value in asdict(facts).items():
-            _out(f"{name:20} {_fact(name, value)}")
-        _out(f"\nsource: {verdict.source}: {verdict.reason}")
-        _out(f"brake: {verdict.brake}")
+            out(f"{name:20} {_fact(name, value)}")
+        out(f"\nsource: {verdict.source}: {verdict.reason}")
+        out(f"brake: {verdict.brake}")
         for missing in verdict.missing:
-            _out(f"  - {missing}")
+            out(f"  - {missing}")
     raise typer.Exit(0 if verdict.source != "none" else 1)
 
 
@@ -286,7 +228,7 @@ def watch(
 
     path = Path(os.path.realpath(target))
     if not (path / "memory.current").exists():
-        _fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT} with a memory.current", 2)
+        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT} with a memory.current", 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         run(path, json, seconds)
@@ -307,7 +249,7 @@ def hold(
     try:
         for_ns = duration_ns(0 if duration == "0" else duration)
     except Unexpected as error:
-        _fail(f"found {duration!r}, expected {error}", 2)
+        fail(f"found {duration!r}, expected {error}", 2)
     try:
         guarded = instance.guarded()
         wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
@@ -315,12 +257,12 @@ def hold(
         for cgroup_id in held:
             veto.hold(cgroup_id, for_ns)
     except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}")
+        fail(f"{error.strerror}: {error.filename}")
     if not held:
-        _fail(f"{target} is not guarded" if target else "nothing is guarded: there is nothing to hold")
+        fail(f"{target} is not guarded" if target else "nothing is guarded: there is nothing to hold")
     for cgroup_id in held:
         what = f"nothing but the brake for {duration}" if for_ns else "the hold is over"
-        _out(f"process {guarded[cgroup_id]}: {what}")
+        out(f"process {guarded[cgroup_id]}: {what}")
 
 
 @app.command()
@@ -334,14 +276,14 @@ def why(
     from governor import told
 
     if target and not Path(target).is_dir():
-        _fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
+        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
     path = os.path.realpath(target) if target else cgroup.memcg_of("self")
     for place in (path, *limits.ancestors(path)) if path else ():
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):
                 for notice in told.read(cgroup_id, directory):
-                    _out(printable(notice))
+                    out(printable(notice))
 
 
 @app.command()
@@ -370,11 +312,11 @@ def replay(
             steps += 1
             if decision.recorded != decision.replayed:
                 differing += 1
-                _out(orjson.dumps(decision).decode() if json else _side_by_side(decision))
+                out(orjson.dumps(decision).decode() if json else _side_by_side(decision))
     except policy_file.PolicyError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except (replaying.ReplayError, OSError) as error:
-        _fail(printable(str(error)))
+        fail(printable(str(error)))
     typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise", err=True)
     raise typer.Exit(1 if differing and not policy else 0)
 
@@ -392,69 +334,10 @@ def off() -> None:
     from governor.switch_off import switch_off
 
     if os.geteuid() != 0:
-        _fail("off needs root")
+        fail("off needs root")
     done = switch_off()
     for line in done or ["nothing was on"]:
-        _out(line)
-
-
-@archive_app.command("list")
-def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> None:
-    """Archives, oldest first."""
-    from governor import archive
-
-    where = _archives(directory)
-    usual = _archives(None)
-    others = archive.names(usual) if where.resolve() != usual.resolve() else []
-    if others:
-        typer.echo(
-            f"governor: {len(others)} more in {usual}, the usual place and the one when another is full", err=True
-        )
-    for name in archive.names(where):
-        try:
-            manifest = archive.read_manifest(where, name)
-        except archive.ArchiveError as error:
-            typer.echo(f"governor: {error}", err=True)
-            continue
-        if json:
-            _out(orjson.dumps(manifest).decode())
-        else:
-            size_bytes = sum(entry.size_bytes for entry in manifest.files)
-            _out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {printable(manifest.reason)}")
-
-
-@archive_app.command("verify")
-def archive_verify(name: str, directory: ArchiveOption = None) -> None:
-    """Read an archive and compare every file with the manifest."""
-    from governor import archive
-
-    try:
-        manifest = archive.verify(_archives(directory), name)
-    except archive.ArchiveError as error:
-        _fail(str(error))
-    _out(f"{name}: {len(manifest.files)} files are as the manifest says")
-
-
-@archive_app.command("restore")
-def archive_restore(
-    name: str,
-    to: Annotated[Path, typer.Option(help="Directory below which the files are written; / for where they were.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    directory: ArchiveOption = None,
-) -> None:
-    """Verify an archive, then write its files below a directory."""
-    from governor import archive
-
-    try:
-        written = archive.restore(_archives(directory), name, to, overwrite)
-    except archive.ArchiveError as error:
-        _fail(str(error))
-    for path in written:
-        _out(printable(str(path)))
-
-
-def _archives(directory: Path | None) -> Path:
-    return directory or instance.state_directory() / "archive"
+        out(line)
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def convert(key: Key, value: Any) -> Any:
     if key.field.endswith("_ns"):
         return duration_ns(value)
     if key.field.endswith("_bytes"):
-        return _quantity(value, _SIZES, _LARGEST_BYTES, 'a size, such as "512MiB", "4GiB" or "1000000"')
+        return size_bytes(value)
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise Unexpected("true or false")
@@ -125,6 +125,11 @@ def convert(key: Key, value: Any) -> Any:
 def duration_ns(value: Any) -> int:
     """ "500ms", "10s", "5m", "2h" or 0, in nanoseconds; raises Unexpected."""
     return _quantity(value, _DURATIONS, _LONGEST_NS, 'a duration up to "24h", such as "500ms", "10s", "5m"')
+
+
+def size_bytes(value: Any) -> int:
+    """ "512MiB", "4GiB", "1000000" or 0, in bytes; raises Unexpected."""
+    return _quantity(value, _SIZES, _LARGEST_BYTES, 'a size, such as "512MiB", "4GiB" or "1000000"')
 
 
 def _number(value: Any, kind: type[int] | type[float], expected: str, most: int) -> Any:

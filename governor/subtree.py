@@ -59,6 +59,14 @@ def memcg_pids(path: str) -> list[int]:
     return pids
 
 
+def descendants(root_pid: int, without_pid: int = 0) -> list[Stat]:
+    """All that descend from a process, wherever they are, parents first; without a process and its descendants."""
+    with os.scandir("/proc") as entries:
+        found = _read({int(entry.name) for entry in entries if entry.name.isdecimal()})
+    left_out = {root_pid, *(_descent(found, without_pid) if without_pid else ())}
+    return [found[pid] for pid in _descent(found, root_pid) if pid in found and pid not in left_out]
+
+
 def members(root_pid: int, memcg_path: str, governor_pid: int) -> list[Stat]:
     """An agent and all that descends from it in the memcg, parents first; empty while it is not known (0).
 

@@ -1,0 +1,415 @@
+"""`governor run`: the process that stays between a terminal (or pipes) and an agent, and keeps a guard beside it.
+
+The command line becomes this process by exec. It reads, decides and protects nothing: it passes bytes, signals and
+the exit status, waits for whatever is orphaned below it, and answers on the control socket. Imports what it needs of
+the standard library only, without site-packages: it stays in the agent's container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from typing import Any, NamedTuple
+
+from governor import run_agent, subtree
+from governor.run_agent import Agent, CannotStart
+from governor.run_guard import GuardProcess, Log
+from governor.run_socket import ControlSocket
+from governor.run_streams import Flow, Sink
+from governor.run_terminal import OuterTerminal, stop_own_group
+
+_FORWARDED = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP),
+)
+_REST_NS = 1_000_000_000  # what the agent leaves running has so long after SIGTERM
+_GUARD_NS = 10_000_000_000  # and its guard, which may be writing an archive
+_LAST_READS = 64  # of 64 KiB: more than any pipe holds
+
+
+class Options(NamedTuple):
+    """What the command line found out; `guard` has the fields of loop.Guard and the names of its locks."""
+
+    command: list[str]
+    socket_path: str = ""  # "": no control socket
+    log_path: str = ""  # of the guard, while the terminal is the agent's
+    memcg: str = ""  # made for the agent, and removed at the end
+    guard: dict[str, Any] | None = None
+    grace_ns: int = 10_000_000_000
+    without: list[str] = []  # noqa: RUF012  never changed; names that the agent's environment is not to have
+    profile: str = ""
+
+
+class Streams(NamedTuple):
+    """What an agent's standard streams are connected to; `master`: our end of its terminal, -1 without one."""
+
+    inward: Flow
+    outward: Flow
+    master: int = -1
+
+
+class Run:
+    """One agent, from its start to its end."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises OSError where standard input is a terminal that is gone."""
+        self._options = options
+        self._terminal = OuterTerminal() if os.isatty(0) else None
+        self._log = _log(options.log_path) if self._terminal and options.guard else None
+        self._wake_fd = -1
+        self._caught: set[int] = set()
+        self._status: int | None = None  # the agent's, as a shell tells it
+        self._kill_at_ns: int | None = None
+        self._killed = False
+        self._control: ControlSocket | None = None
+
+    def run(self) -> int:
+        """Until the agent has ended and what it wrote is passed on; the status to exit with."""
+        self._catch_signals()
+        try:
+            self._agent, self._streams = self._start_agent()
+        except CannotStart as error:
+            say(str(error))
+            self._remove_memcg()
+            return error.status
+        try:
+            self._guard = GuardProcess(self._options.guard, self._agent.pid, self._log)
+            self._listen()
+            if self._terminal:
+                self._terminal.take()
+            while self._goes_on():
+                self._turn()
+        finally:
+            if self._terminal:
+                self._terminal.leave()
+        self._end_the_rest()
+        self._end_governor()
+        assert self._status is not None
+        return self._status
+
+    # The agent
+
+    def _start_agent(self) -> tuple[Agent, Streams]:
+        """Start the command with new streams: all that governor keeps of an agent; raises CannotStart."""
+        try:
+            if self._terminal:
+                return self._start_at_terminal(self._terminal)
+            return self._start_with_pipes()
+        except OSError as error:
+            raise CannotStart(1, f"the agent cannot be started: {error}") from None
+
+    def _start_at_terminal(self, terminal: OuterTerminal) -> tuple[Agent, Streams]:
+        master, slave = terminal.make_inner()
+        # Output that goes to a file or a pipe goes there, and not through a terminal's line discipline.
+        out, err = (slave if os.isatty(fd) else fd for fd in (1, 2))
+        has_shell = os.getpid() not in (1, os.getsid(0))
+        agent = self._start((slave, out, err), slave, has_shell)
+        # The agent's end stays open here: its last output can be read, and it may close and open its own.
+        inward = Flow(0, Sink(os.dup(master), is_ours=True))
+        outward = Flow(os.dup(master), Sink(1 if os.isatty(1) else 0), keeps_tail=True, lossy=True)
+        return agent, Streams(inward, outward, master)
+
+    def _start_with_pipes(self) -> tuple[Agent, Streams]:
+        in_read, in_write = os.pipe2(os.O_CLOEXEC)
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        agent = self._start((in_read, out_write, 2), -1, False)
+        os.close(in_read)
+        os.close(out_write)
+        os.set_blocking(out_read, False)
+        inward = Flow(0, Sink(in_write, is_ours=True))
+        return agent, Streams(inward, Flow(out_read, Sink(1), keeps_tail=True))
+
+    def _start(self, streams: tuple[int, int, int], terminal_fd: int, has_shell: bool) -> Agent:
+        options = self._options
+        return run_agent.start(
+            options.command, streams, terminal_fd, has_shell, options.memcg, tuple(options.without)
+        )
+
+    def _on_stopped(self) -> None:
+        """It stopped itself: the shell above gets its terminal back, until it lets this job go on."""
+        stat = subtree.read_stat(self._agent.pid)
+        if not self._terminal or not stat or stat.state != "T" or self._held_by_governor():
+            return
+        outward = self._streams.outward
+        while outward.fill():
+            pass
+        self._terminal.leave()
+        stop_own_group()
+        self._caught |= self._read_signals() - {signal.SIGCONT}
+        self._on_signal(signal.SIGCONT)
+
+    def _held_by_governor(self) -> bool:
+        from governor import brake  # not where nobody stops anything
+
+        return brake.is_stopped_by_governor((self._options.guard or {}).get("knob_path", ""), self._agent.pid)
+
+    # The loop
+
+    def _goes_on(self) -> bool:
+        if self._status is None:
+            return True
+        outward = self._streams.outward
+        if self._kill_at_ns is not None or not outward.sink or not outward.waiting_bytes:
+            return False
+        return self._terminal is None or outward.stalled_in_ns(time.monotonic_ns()) != 0
+
+    def _turn(self) -> None:
+        now_ns = time.monotonic_ns()
+        if self._status is None:
+            self._guard.keep(now_ns)
+            if self._kill_at_ns is not None and now_ns >= self._kill_at_ns and not self._killed:
+                self._killed = True
+                for stat in self._rest():
+                    subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL)
+        if self._control:
+            self._control.drop_slow(now_ns)
+        poller = select.poll()
+        for fd, events in self._wanted(now_ns).items():
+            poller.register(fd, events)
+        for fd, events in poller.poll(self._wait_ms(now_ns)):
+            self._on_ready(fd, events)
+        if self._caught:
+            self._on_signals()
+        self._after_loss()
+        if not self._terminal:
+            self._pass_ends_on()
+
+    def _wanted(self, now_ns: int) -> dict[int, int]:
+        wanted = {self._wake_fd: select.POLLIN}
+        for flow in (self._streams.inward, self._streams.outward):
+            for fd, events in flow.wants(now_ns).items():
+                wanted[fd] = wanted.get(fd, 0) | events
+        if self._terminal and not self._terminal.is_raw:
+            wanted.pop(0, None)  # in the background; to read would stop us
+        if self._agent.stops_fd >= 0 and self._status is None:
+            wanted[self._agent.stops_fd] = select.POLLIN
+        if self._log:
+            wanted[self._log.read_fd] = select.POLLIN
+        if self._control:
+            wanted |= self._control.wants()
+        return wanted
+
+    def _wait_ms(self, now_ns: int) -> float | None:
+        dues = [self._control.due_ns() if self._control else None]
+        if self._status is None:
+            dues += [self._guard.due_ns(), None if self._killed else self._kill_at_ns]
+        outward = self._streams.outward
+        if self._terminal and (left_ns := outward.stalled_in_ns(now_ns)):
+            dues.append(now_ns + left_ns)
+        waits = [max(0, due_ns - now_ns) for due_ns in dues if due_ns is not None]
+        return min(waits) / 1e6 + 1 if waits else None
+
+    def _on_ready(self, fd: int, events: int) -> None:
+        if fd == self._wake_fd:
+            self._caught |= self._read_signals()
+            return
+        if fd == self._agent.stops_fd:
+            os.read(fd, 64)
+            self._on_stopped()
+            return
+        if self._log and fd == self._log.read_fd:
+            self._log.drain()
+            return
+        for flow in (self._streams.inward, self._streams.outward):
+            flow.on_ready(fd, events)
+        if self._control:
+            self._control.on_ready(fd)
+
+    def _after_loss(self) -> None:
+        """A terminal that takes output again has missed some: let whoever has the agent's terminal draw it anew."""
+        outward = self._streams.outward
+        if outward.lost and not outward.waiting_bytes:
+            outward.lost = False
+            try:
+                os.killpg(os.tcgetpgrp(self._streams.master), signal.SIGWINCH)
+            except OSError:
+                return
+
+    def _pass_ends_on(self) -> None:
+        """The end of a pipe, on either side, becomes one on the other."""
+        for given_fd, flow in ((0, self._streams.inward), (1, self._streams.outward)):
+            if flow.is_over:
+                flow.close()
+                _forget(given_fd)
+
+    # Signals, and what has ended
+
+    def _catch_signals(self) -> None:
+        self._wake_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (*_FORWARDED, signal.SIGCHLD):
+            if number == signal.SIGCHLD or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def _read_signals(self) -> set[int]:
+        try:
+            return set(os.read(self._wake_fd, 4096))
+        except BlockingIOError:
+            return set()
+
+    def _on_signals(self) -> None:
+        caught, self._caught = self._caught, set()
+        if signal.SIGCHLD in caught:
+            self._reap()
+        for number in _FORWARDED:
+            if number in caught:
+                self._on_signal(number)
+
+    def _on_signal(self, number: int) -> None:
+        agent = self._agent
+        if number == signal.SIGWINCH and self._terminal:
+            self._terminal.pass_size(self._streams.master)
+        elif number == signal.SIGCONT:
+            if self._terminal:
+                self._terminal.take()
+                self._terminal.pass_size(self._streams.master)
+            if not self._held_by_governor():
+                agent.go_on()
+        elif number == signal.SIGTSTP and not self._terminal:
+            agent.send(signal.SIGSTOP)  # its process group is an orphaned one: the kernel would discard SIGTSTP
+            stop_own_group()
+        else:
+            agent.send(number)
+            if number == signal.SIGTERM:
+                self._asked_to_end()
+
+    def _asked_to_end(self) -> None:
+        if self._kill_at_ns is None:
+            self._kill_at_ns = time.monotonic_ns() + self._options.grace_ns
+        stat = subtree.read_stat(self._agent.pid)
+        if stat and stat.state == "T" and not self._held_by_governor():
+            self._agent.go_on()
+
+    def _reap(self) -> None:
+        """Wait for everything that has ended: the agent, its guard, and what was orphaned below us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if os.WIFSTOPPED(status):
+                if pid == self._agent.pid:
+                    self._on_stopped()
+                continue
+            code = os.waitstatus_to_exitcode(status)
+            if pid == self._agent.pid:
+                self._status = code if code >= 0 else 128 - code
+                self._read_the_last()
+            elif pid == self._guard.pid:
+                self._guard.ended(code, time.monotonic_ns())
+
+    def _read_the_last(self) -> None:
+        """What the agent had written when it ended; not what others may write for ever."""
+        outward = self._streams.outward
+        for _ in range(_LAST_READS):
+            if not outward.fill():
+                return
+
+    def _rest(self) -> list[subtree.Stat]:
+        """What lives of the agent's tree: all that descends from us, but for its guard and that one's children."""
+        found = subtree.descendants(os.getpid(), self._guard.pid)
+        return [stat for stat in found if stat.state not in "ZX"]
+
+    def _end_the_rest(self) -> None:
+        """What the agent left running goes on, unless we were told to end, or its container or memcg ends with us."""
+        if os.getpid() != 1 and not self._options.memcg and self._kill_at_ns is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            rest = self._rest()
+            for stat in rest:
+                subtree.send(stat.pid, stat.start_ticks, number)
+                subtree.send(stat.pid, stat.start_ticks, signal.SIGCONT)
+            until_ns = time.monotonic_ns() + _REST_NS
+            while self._rest() and time.monotonic_ns() < until_ns:
+                self._await_children(50)
+        self._reap()
+
+    def _end_governor(self) -> None:
+        self._guard.stop()
+        until_ns = time.monotonic_ns() + _GUARD_NS
+        while self._guard.pid:
+            if time.monotonic_ns() >= until_ns:
+                os.kill(self._guard.pid, signal.SIGKILL)
+            self._await_children(100)
+        if self._control:
+            self._control.close()
+        self._remove_memcg()
+        if self._log:
+            self._log.close()
+        if self._guard.trouble:
+            where = f"; see {self._log.path}" if self._log else ""
+            say(f"NOT PROTECTED: {self._guard.trouble}{where}")
+
+    def _await_children(self, for_ms: int) -> None:
+        poller = select.poll()
+        poller.register(self._wake_fd, select.POLLIN)
+        poller.poll(for_ms)
+        self._read_signals()
+        self._reap()
+        if self._log:
+            self._log.drain()
+
+    def _remove_memcg(self) -> None:
+        if self._options.memcg:
+            from governor import run_memcg  # not while it would stay
+
+            if not run_memcg.remove(self._options.memcg):
+                say(f"{self._options.memcg} cannot be removed: something in it does not die")
+
+    # The control socket
+
+    def _listen(self) -> None:
+        if self._options.socket_path:
+            try:
+                self._control = ControlSocket(self._options.socket_path, self._shown, self._type)
+            except OSError as error:
+                self._guard.say(f"no control socket at {self._options.socket_path}: {error.strerror}")
+
+    def _shown(self) -> tuple[int, int, int, bytes]:
+        rows, columns = self._terminal.size() if self._terminal else (0, 0)
+        return rows, columns, self._agent.pid, bytes(self._streams.outward.tail)
+
+    def _type(self, keys: bytes) -> str:
+        inward = self._streams.inward
+        if self._status is not None:
+            return "the agent has ended"
+        if not inward.sink:
+            return "the agent's standard input is closed"
+        if inward.waiting_bytes:
+            return "the agent does not read its input: something typed before is still waiting"
+        inward.put(keys)
+        return ""
+
+
+def say(text: str) -> None:
+    """One line for people, on standard error."""
+    try:
+        os.write(2, f"governor: {text}\n".encode(errors="replace"))
+    except OSError:
+        return
+
+
+def _log(path: str) -> Log | None:
+    try:
+        return Log(path)
+    except OSError as error:
+        say(f"no log at {path}: {error.strerror}; what the guard says is lost")
+        return None
+
+
+def _forget(fd: int) -> None:
+    """A standard stream that has ended: whoever is at its other side is to see that."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point: a JSON object with the fields of Options as the only argument."""
+    return Run(Options(**json.loads(arguments[0]))).run()

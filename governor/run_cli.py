@@ -1,0 +1,155 @@
+"""`governor run`: parses, makes the agent's memcg, finds out what guards it, and becomes governor.run by exec."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from governor import cgroup, guard_options, instance, run_memcg
+from governor.guard_options import Wishes
+from governor.policy_keys import NAME, Unexpected, duration_ns, size_bytes
+
+_SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
+_PROFILES = Path(__file__).parent / "profiles"
+_LEAST_BYTES = 1 << 20
+# As reflex: without site-packages and environment, several MiB less, and nobody's PYTHONPATH.
+_BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.run import main; sys.exit(main(sys.argv[1:]))"
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The agent, and its arguments.")],
+    profile: Annotated[str, typer.Option(help="What kind of agent it is [default: known by its name].")] = "",
+    memory_max: Annotated[
+        str, typer.Option(help='Give the agent a memcg of its own with this limit, such as "2GiB".')
+    ] = "",
+    policy: Annotated[str, typer.Option(help="A preset's name or a policy file.")] = "default",
+    archive: Annotated[
+        list[str] | None,
+        typer.Option(help="Session files, as a glob (~ is the agent user's home, ** any depth); may be repeated."),
+    ] = None,
+    compact: Annotated[str, typer.Option(help="Command that makes the agent compact its session.")] = "",
+    archive_dir: Annotated[
+        Path | None, typer.Option(help="Where archives are [default: under the state directory].")
+    ] = None,
+    journal: Annotated[Path | None, typer.Option(help="Journal file [default: in the state directory].")] = None,
+    source: Annotated[
+        str, typer.Option(help="auto (the best there is), bpf, psi or poll [default: the policy's].")
+    ] = "",
+    grace: Annotated[str, typer.Option(help="How long the agent has to end after SIGTERM.")] = "10s",
+) -> None:
+    """Run an agent and protect it: at a desk, or as the entry point of a container.
+
+    Passes the terminal (or pipes), signals and the exit status through; 127: command not found, 126: not executable,
+    128 + N: ended by signal N.
+
+    Example: governor run --memory-max 2GiB -- claude
+    """
+    try:
+        wishes = Wishes(policy, archive or [], shlex.split(compact), archive_dir, journal, source)
+        guard_options.check(wishes)
+        limit_bytes = _limit(memory_max)
+        grace_ns = _grace(grace)
+        _check_profile(profile)
+        guard_options.check_policy(policy, "")
+    except ValueError as error:
+        _fail(str(error), 2)
+    made, guard, unprotected = _protection(wishes, limit_bytes)
+    if unprotected:
+        _say(f"NOT PROTECTED: {unprotected}; the agent runs all the same")
+    pid = os.getpid()  # an exec keeps it
+    options = {
+        "command": command,
+        "socket_path": _socket_path(pid),
+        "log_path": str(instance.state_directory() / f"run-{pid}.log"),
+        "memcg": made,
+        "guard": guard,
+        "grace_ns": grace_ns,
+        "without": _added_by_python(),
+        "profile": profile,
+    }
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", boot, dumps(options)])
+
+
+def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object] | None, str]:
+    """The memcg made for the agent ("": none), what its guard is told (None: no guard), and why there is none."""
+    made = ""
+    if limit_bytes:
+        try:
+            made = run_memcg.make(limit_bytes)
+        except run_memcg.NoMemcg as error:
+            _say(f"no memcg for --memory-max: {error}. The limit of where the agent runs counts")
+    try:
+        memcg = cgroup.Memcg(made) if made else run_memcg.own()
+    except (OSError, run_memcg.NoMemcg) as error:
+        return made, None, str(error)
+    try:
+        wishes = wishes._replace(policy=guard_options.check_policy(wishes.policy, memcg.path))
+        name = f"guard-{memcg.cgroup_id}"
+        guard = guard_options.build(memcg, name, wishes, None)
+    except ValueError as error:
+        if made:
+            run_memcg.remove(made)
+        _fail(str(error), 2)
+    except OSError as error:
+        return made, None, f"{error.filename or 'run-time files'}: {error.strerror or error}"
+    return made, guard | {"locks": [guard_options.lock_name(memcg.cgroup_id), name]}, ""
+
+
+def _limit(text: str) -> int:
+    if not text:
+        return 0
+    try:
+        found_bytes = size_bytes(text)
+    except Unexpected as error:
+        raise ValueError(f"found --memory-max {text!r}, expected {error}") from None
+    if found_bytes < _LEAST_BYTES:
+        raise ValueError(f'found --memory-max {text!r}, expected at least "1MiB"')
+    return found_bytes
+
+
+def _grace(text: str) -> int:
+    try:
+        return duration_ns(0 if text == "0" else text)
+    except Unexpected as error:
+        raise ValueError(f"found --grace {text!r}, expected {error}") from None
+
+
+def _check_profile(name: str) -> None:
+    known = sorted(path.stem for path in _PROFILES.glob("*.toml"))
+    if name and (not NAME.fullmatch(name) or (known and name not in known)):
+        raise ValueError(f"found --profile {name!r}, expected {', '.join(known) or 'the name of a profile'}")
+
+
+def _socket_path(pid: int) -> str:
+    try:
+        return str(instance.run_directory() / f"run-{pid}.sock")
+    except OSError:
+        return ""
+
+
+def _added_by_python() -> list[str]:
+    """Where the locale is C, Python sets LC_CTYPE for itself (PEP 538): not for the agent."""
+    try:
+        given = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return []
+    was_there = any(line.startswith(b"LC_CTYPE=") for line in given.split(b"\0"))
+    return ["LC_CTYPE"] if "LC_CTYPE" in os.environ and not was_there else []
+
+
+def _say(text: str) -> None:
+    typer.echo(f"governor: {text}", err=True)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    _say(text)
+    raise typer.Exit(status)

@@ -1,0 +1,168 @@
+"""What goes from one descriptor to another, through a buffer of bounded size; nothing here blocks or interprets.
+
+A descriptor that governor was given is shared with whoever gave it, and so would O_NONBLOCK be: it is opened once
+more, with a file description of its own, or asked before each write.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import time
+
+CHUNK_BYTES = 65536
+TAIL_BYTES = 256 << 10
+_LIMIT_BYTES = 256 << 10  # waiting to be written
+STALL_NS = 1_000_000_000
+_WITHOUT_ASKING_BYTES = 512  # what a pipe or a terminal that poll() calls writable takes (POSIX: PIPE_BUF)
+
+
+class Sink:
+    """A descriptor to write to, of whatever kind, that never blocks."""
+
+    def __init__(self, fd: int, is_ours: bool = False) -> None:
+        """`is_ours`: nobody else has this file description, and opening it again would make another one."""
+        self.fd = fd
+        self._socket: socket.socket | None = None
+        self._most_bytes = CHUNK_BYTES
+        mode = os.fstat(fd).st_mode
+        if is_ours:
+            os.set_blocking(fd, False)
+        elif stat.S_ISSOCK(mode):
+            self._socket = socket.socket(fileno=os.dup(fd))
+        elif stat.S_ISFIFO(mode) or os.isatty(fd):
+            try:
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self.fd = os.open(f"/proc/self/fd/{fd}", flags)
+            except OSError:  # another user's
+                self._most_bytes = _WITHOUT_ASKING_BYTES
+
+    def write(self, data: memoryview) -> int:
+        """How much of it was taken; raises BlockingIOError for nothing, OSError where nobody will ever read it."""
+        if self._socket:
+            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        if self._most_bytes == _WITHOUT_ASKING_BYTES and not select.select([], [self.fd], [], 0)[1]:
+            raise BlockingIOError
+        return os.write(self.fd, data[: self._most_bytes])
+
+    def close(self) -> None:
+        """Close it, but for a descriptor that governor was given."""
+        if self._socket:
+            self._socket.close()
+        if self.fd > 2:
+            os.close(self.fd)
+
+
+class Flow:
+    """From `source` to `sink`; either is -1 or None once it has ended. Keeps the last 256 KiB if asked to.
+
+    With `lossy` the source is read on, and what is too much is thrown away, while the sink takes nothing for a
+    second: whoever writes to a terminal that nobody reads would hang in it, deaf to signals.
+    """
+
+    def __init__(self, source: int, sink: Sink, keeps_tail: bool = False, lossy: bool = False) -> None:
+        self.source = source
+        self.sink: Sink | None = sink
+        self.tail = bytearray()
+        self.lost = False  # since the sink last took something
+        self._keeps_tail, self._lossy = keeps_tail, lossy
+        self._waiting = bytearray()
+        self._taken_ns = 0  # when the sink last took something, or when it last had nothing to take
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the sink has not taken yet."""
+        return len(self._waiting)
+
+    def stalled_in_ns(self, now_ns: int) -> int | None:
+        """How long until the sink counts as stalled, 0 when it does; None where nothing waits."""
+        return max(0, self._taken_ns + STALL_NS - now_ns) if self._waiting else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether one end has ended, and nothing is left to pass to the other."""
+        return self.source >= 0 if self.sink is None else self.source < 0 and not self._waiting
+
+    def close(self) -> None:
+        """Close both ends, but for the descriptors that governor was given."""
+        self._source_ended()
+        if self.sink:
+            self._sink_ended()
+
+    def wants(self, now_ns: int) -> dict[int, int]:
+        """What to poll for: descriptor to events."""
+        wanted = {}
+        stalled = self._lossy and self.stalled_in_ns(now_ns) == 0
+        if self.source >= 0 and (len(self._waiting) < _LIMIT_BYTES or stalled or self.sink is None):
+            wanted[self.source] = select.POLLIN
+        if self.sink:
+            wanted[self.sink.fd] = select.POLLOUT if self._waiting else 0  # its end is always told
+        return wanted
+
+    def on_ready(self, fd: int, events: int) -> None:
+        """What poll() said of one of the two."""
+        if fd == self.source and events & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            self.fill()
+        if self.sink and fd == self.sink.fd:
+            if self._waiting:
+                self.flush()
+            elif events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+                self._sink_ended()
+
+    def fill(self) -> bool:
+        """Read once; False where nothing is to be had now."""
+        if self.source < 0:
+            return False
+        try:
+            data = os.read(self.source, CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:  # EIO: the terminal is gone
+            data = b""
+        if not data:
+            self._source_ended()
+            return False
+        self.put(data)
+        return True
+
+    def put(self, data: bytes) -> None:
+        """As if it had been read."""
+        if self._keeps_tail:
+            self.tail += data
+            del self.tail[:-TAIL_BYTES]
+        if self.sink is None:
+            return
+        if not self._waiting:
+            self._taken_ns = time.monotonic_ns()
+        if self._lossy and len(self._waiting) >= _LIMIT_BYTES:
+            self.lost = True
+            return
+        self._waiting += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the sink takes now."""
+        while self._waiting and self.sink:
+            try:
+                with memoryview(self._waiting) as view, view[:CHUNK_BYTES] as part:
+                    taken = self.sink.write(part)
+            except BlockingIOError:
+                return
+            except OSError:  # EPIPE, EIO: nobody will read it
+                self._sink_ended()
+                return
+            del self._waiting[:taken]
+            self._taken_ns = time.monotonic_ns()
+
+    def _source_ended(self) -> None:
+        if self.source > 2:
+            os.close(self.source)
+        self.source = -1
+
+    def _sink_ended(self) -> None:
+        if self.sink:
+            self.sink.close()
+        self.sink = None
+        self._waiting.clear()
