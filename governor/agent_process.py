@@ -8,16 +8,19 @@ from contextlib import suppress
 
 from governor import subtree
 from governor.actions import processes
+from governor.profile import Match
+from governor.profile_agent import NoAgent, find_agent
 from governor.session_files import Pattern, home_of, parse_pattern
 
 
 class AgentProcess:
     """The agent of one memcg; pid 0 and pidfd -1 while there is none."""
 
-    def __init__(self, cgroup: str, wanted_pid: int = 0, is_within: bool = False) -> None:
-        """`is_within`: governor itself is in that memcg, and not its agent."""
+    def __init__(self, cgroup: str, wanted_pid: int = 0, is_within: bool = False, match: Match | None = None) -> None:
+        """`is_within`: governor itself is in that memcg, and not its agent. `match`: which of that tree it is."""
         self._cgroup, self._is_within = cgroup, is_within
         self._wanted_pid = wanted_pid
+        self._match = match
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
@@ -28,7 +31,7 @@ class AgentProcess:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        found = processes.read_process(self._wanted_pid or self._leading_pid())
+        found = processes.read_process(self._meant(self._wanted_pid or self._leading_pid()))
         stat = subtree.read_stat(found.pid) if found else None
         if not found or not stat or stat.state in "ZX":
             self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
@@ -41,6 +44,13 @@ class AgentProcess:
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
+
+    def _meant(self, pid: int) -> int:
+        """Of a process and what it started the one that the profile means; itself where that is none of them."""
+        if self._match and pid:
+            with suppress(NoAgent):
+                return find_agent(self._match, pid).pid
+        return pid
 
     def _leading_pid(self) -> int:
         if self._is_within:

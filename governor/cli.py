@@ -68,13 +68,15 @@ def guard(
     source: Annotated[
         str, typer.Option(help="auto (the best there is), bpf, psi or poll [default: the policy's].")
     ] = "",
+    profile: Annotated[str, typer.Option(help="What kind of agent it is: governor profile list.")] = "",
+    channel: Annotated[str, typer.Option(help="The agent's terminal: tmux:SOCKET:TARGET.")] = "",
 ) -> None:
     """Protect the processes of one memcg.
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
     compact_argv = _check_command(compact)
-    wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source)
+    wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source, profile, channel)
     try:
         guard_options.check(wishes)
         path, memcg = _check_target(target, pid)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import orjson
 
-from governor import archive, link, model, record, subtree, told
+from governor import archive, delivery, link, model, record, subtree, told
 from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
@@ -28,6 +28,7 @@ from governor.limits import Limits
 from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Policy, levels
+from governor.profile import Profile
 from governor.session_files import CREDENTIALS
 
 SLOT = 0
@@ -58,6 +59,8 @@ class Executor:
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
     ask: Callable[[Tier, str, int], bool]  # a subscriber to do something until then; False: there is none
+    profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
+    channel: str
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
@@ -146,19 +149,19 @@ class Executor:
     # Tiers 1 and 2
 
     def _deliver(self, tier: Tier, reason: str) -> None:
-        delivery = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
+        wanted = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
         if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
             knobs.lift_high()
             knobs.close()
-        how = delivery.exec or (delivery.signal or "socket",)
+        how = wanted.exec or (wanted.signal or "socket",)
         self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
-        if delivery.signal:
-            self._delivery_ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, delivery.signal))
+        if wanted.signal:
+            self._delivery_ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, wanted.signal))
             return
-        deadline_ns = time.monotonic_ns() + delivery.deadline_ns
-        if not delivery.exec:
+        deadline_ns = time.monotonic_ns() + wanted.deadline_ns
+        if not wanted.exec:
             if not self.ask(tier, reason, deadline_ns):
-                self.delivered(tier, Status.FAILED, "nobody who can is subscribed any more")
+                self._type(tier, deadline_ns)
             return
         environment = {
             "GOVERNOR_CGROUP": self.cgroup,
@@ -168,12 +171,26 @@ class Executor:
 
         def run() -> Child:
             what = f"{tier.value}: {reason}"
-            child, why_not = self.commands.run(delivery.exec, environment, deadline_ns, what)
+            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what)
             if why_not:
                 self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
             return child
 
         self.start(run, lambda ended: self._delivery_ended(tier, ended))
+
+    def types(self, tier: Tier) -> bool:
+        """Whether it is known what to type, and where."""
+        return bool(self.channel and self.profile and self.profile.text(tier))
+
+    def _type(self, tier: Tier, deadline_ns: int) -> None:
+        profile = self.profile
+        if not profile or not self.types(tier):
+            self.delivered(tier, Status.FAILED, "nobody who can is subscribed any more")
+            return
+        self.start(
+            lambda: delivery.start(profile, tier, self.agent.pid, self.channel, deadline_ns),
+            lambda ended: self._delivery_ended(tier, ended),
+        )
 
     def _delivery_ended(self, tier: Tier, ended: Ended) -> None:
         status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from governor import cgroup, instance, pins, policy_file, probe
+from governor import cgroup, instance, pins, policy_file, probe, profile_file
 from governor.session_files import parse_pattern
 
 SOURCES = ("", "auto", "bpf", "psi", "poll")
@@ -25,6 +25,8 @@ class Wishes(NamedTuple):
     archive_directory: Path | None = None
     journal: Path | None = None
     source: str = ""
+    profile: str = ""
+    channel: str = ""  # as delivery.open_terminal has it
 
 
 def check(wishes: Wishes) -> None:
@@ -33,6 +35,13 @@ def check(wishes: Wishes) -> None:
         raise ValueError(f"found --source {wishes.source!r}, expected auto, bpf, psi or poll")
     for glob in wishes.archive_globs:
         parse_pattern(glob, "/")
+    if wishes.profile:
+        profile_file.load(wishes.profile)  # FileError is a ValueError
+    kind, _, where = wishes.channel.partition(":")
+    if wishes.channel and not ((kind == "tmux" and ":" in where) or (kind == "pty" and where)):
+        raise ValueError(f"found channel {wishes.channel!r}, expected tmux:SOCKET:TARGET or pty:CONTROL_SOCKET")
+    if wishes.channel and not wishes.profile:
+        raise ValueError("found a channel without a profile: what to type is not known; governor profile list")
 
 
 def check_policy(policy: str, target: str) -> str:
@@ -66,7 +75,14 @@ def build(memcg: cgroup.Memcg, name: str, wishes: Wishes, agent_pid: int | None)
         "policy": wishes.policy,
         "archive_globs": wishes.archive_globs,
         "compact_argv": wishes.compact_argv,
+        "profile": _absolute(wishes.profile),
+        "channel": wishes.channel,
     }
+
+
+def _absolute(profile: str) -> str:
+    known = not profile or profile in profile_file.profiles()
+    return profile if known else os.path.abspath(profile)  # noqa: PTH100  no link is followed
 
 
 def lock_name(cgroup_id: int) -> str:

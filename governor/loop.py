@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import orjson
@@ -27,7 +27,6 @@ from governor import (
     model,
     pins,
     policy,
-    policy_file,
     poll_source,
     record,
     state_file,
@@ -39,14 +38,16 @@ from governor.brake import BRAKE_NAMES, FREEZE, KnobFile
 from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.codec import plain
 from governor.executor import SLOT, Executor
+from governor.guard import Guard, read_policy, read_profile
 from governor.journal import Journal, printable, say
 from governor.limits import Limits
 from governor.model import Phase
-from governor.policy import MS, SECOND, Policy, Source
+from governor.policy import MS, SECOND, Source
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
 from governor.subscribers import TOLD, Subscribers
 from governor.tiers import since
+from governor.toml_file import FileError
 from governor.veto import Veto
 
 _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
@@ -56,43 +57,14 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """What `governor guard` was asked to do."""
-
-    cgroup: str
-    instance: str
-    knob_path: str
-    archive_directory: str
-    journal_path: str
-    agent_pid: int | None = None
-    unload_at_end: bool = True
-    source: str = ""  # "": as the policy says
-    bpf_refused: str = ""  # why the programs are not to be loaded
-    policy: str = "default"  # a preset's name or a file's path
-    archive_globs: list[str] = field(default_factory=list)  # these two replace what the policy says
-    compact_argv: list[str] = field(default_factory=list)
-
-
-def read_policy(guard: Guard) -> Policy:
-    """The policy that a guard names, with what its options replace; raises PolicyError or OSError."""
-    wanted = policy_file.load(guard.policy).policy
-    if guard.archive_globs:
-        wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
-    if guard.compact_argv:
-        wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
-    if guard.source:
-        wanted = replace(wanted, signals=replace(wanted.signals, source=Source(guard.source)))
-    return wanted
-
-
 class Loop:
     """One governed memcg."""
 
     def __init__(self, guard: Guard) -> None:
         """Raises OSError when the memcg or the journal cannot be opened, PolicyError for a bad policy."""
         self._guard = guard
-        self._policy = read_policy(guard)
+        self._profile = read_profile(guard)
+        self._policy = read_policy(guard, self._profile)
         self._memcg = Memcg(guard.cgroup)
         self._limits = Limits(self._memcg)
         self._state_path = state_file.path_for(guard.cgroup)
@@ -105,7 +77,8 @@ class Loop:
         self._programs = Programs(guard.instance, source, guard.bpf_refused, self._reflex, self._note)
         self._poller = select.poll()
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
-        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within)
+        match = self._profile.match if self._profile else None
+        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match)
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
         archives = Path(guard.archive_directory)
@@ -123,6 +96,8 @@ class Loop:
             feed=self._feed,
             remembered=lambda: self._attribution.descendants(),
             ask=self._ask,
+            profile=self._profile,
+            channel=guard.channel,
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._subscribers = Subscribers(self._poller, self._hello)
@@ -218,8 +193,8 @@ class Loop:
 
     def _read_policy_again(self) -> None:
         try:
-            self._policy = self._executor.policy = read_policy(self._guard)
-        except (policy_file.PolicyError, OSError) as error:
+            self._policy = self._executor.policy = read_policy(self._guard, self._profile)
+        except (FileError, OSError) as error:
             self._note("policy_refused", f"the policy stays as it was: {error}")
             return
         self._reflex.send(link.encode_levels(link.SET_LEVELS, SLOT, policy.levels(self._policy)))
@@ -371,6 +346,7 @@ class Loop:
         pid, globs = self._agent.pid, self._policy.archive.globs
         self._agent.patterns(globs)
         self._subscribers.allowed_uids |= self._agent.uids
+        self._reachable()
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
 
     def _agent_ended(self) -> None:
@@ -381,6 +357,7 @@ class Loop:
         self._feed(model.AgentEnded())
         self._executor.archive_the_end(state)
         self._agent.forget()
+        self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
 
     # Subscribers
@@ -399,7 +376,9 @@ class Loop:
         return self._subscribers.ask(tier, reason, deadline_ns, time.monotonic_ns())
 
     def _reachable(self) -> None:
-        can = self._subscribers.can
+        """Tell the ladder what the agent can be asked for: by a subscriber, or by what its profile says to type."""
+        by_typing = {tier for tier in model.Tier if self._executor.types(tier)}
+        can = self._subscribers.can | (by_typing if self._agent.pid else set())
         for tier, known in ((model.Tier.COMPACT, self._state.compact), (model.Tier.CLEAR, self._state.clear)):
             if known.reachable != (tier in can):
                 self._feed(model.Reachable(tier, tier in can))
@@ -414,6 +393,7 @@ class Loop:
         if saved:
             same_agent = saved.agent == self._agent.identity
             self._state = ladder.resumed(saved.state, same_agent, _now_ns())
+            self._reachable()
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
@@ -502,7 +482,7 @@ def main() -> int:
     guard = Guard(**orjson.loads(sys.argv[1]))
     try:
         loop = Loop(guard)
-    except (OSError, policy_file.PolicyError) as error:
+    except (OSError, FileError) as error:
         say(f"cannot guard {guard.cgroup}: {error}")
         if guard.unload_at_end:
             pins.unload(guard.instance)

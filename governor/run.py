@@ -40,7 +40,6 @@ class Options(NamedTuple):
     guard: dict[str, Any] | None = None
     grace_ns: int = 10_000_000_000
     without: list[str] = []  # noqa: RUF012  never changed; names that the agent's environment is not to have
-    profile: str = ""
 
 
 class Streams(NamedTuple):

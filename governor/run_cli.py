@@ -6,18 +6,18 @@ import ctypes
 import os
 import shlex
 import sys
+from fnmatch import fnmatchcase
 from json import dumps
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from governor import cgroup, guard_options, instance, run_memcg
+from governor import cgroup, guard_options, instance, profile_file, run_memcg
 from governor.guard_options import Wishes
-from governor.policy_keys import NAME, Unexpected, duration_ns, size_bytes
+from governor.policy_keys import Unexpected, duration_ns, size_bytes
 
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
-_PROFILES = Path(__file__).parent / "profiles"
 _LEAST_BYTES = 1 << 20
 # As reflex: without site-packages and environment, several MiB less, and nobody's PYTHONPATH.
 _BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.run import main; sys.exit(main(sys.argv[1:]))"
@@ -52,27 +52,29 @@ def run(
     Example: governor run --memory-max 2GiB -- claude
     """
     try:
-        wishes = Wishes(policy, archive or [], shlex.split(compact), archive_dir, journal, source)
+        profile = profile or _known_by_name(command[0])
+        wishes = Wishes(policy, archive or [], shlex.split(compact), archive_dir, journal, source, profile)
         guard_options.check(wishes)
         limit_bytes = _limit(memory_max)
         grace_ns = _grace(grace)
-        _check_profile(profile)
         guard_options.check_policy(policy, "")
     except ValueError as error:
         _fail(str(error), 2)
+    pid = os.getpid()  # an exec keeps it
+    socket_path = _socket_path(pid)
+    if wishes.profile and socket_path:
+        wishes = wishes._replace(channel=f"pty:{socket_path}")
     made, guard, unprotected = _protection(wishes, limit_bytes)
     if unprotected:
         _say(f"NOT PROTECTED: {unprotected}; the agent runs all the same")
-    pid = os.getpid()  # an exec keeps it
     options = {
         "command": command,
-        "socket_path": _socket_path(pid),
+        "socket_path": socket_path,
         "log_path": str(instance.state_directory() / f"run-{pid}.log"),
         "memcg": made,
         "guard": guard,
         "grace_ns": grace_ns,
         "without": _added_by_python(),
-        "profile": profile,
     }
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
@@ -123,10 +125,13 @@ def _grace(text: str) -> int:
         raise ValueError(f"found --grace {text!r}, expected {error}") from None
 
 
-def _check_profile(name: str) -> None:
-    known = sorted(path.stem for path in _PROFILES.glob("*.toml"))
-    if name and (not NAME.fullmatch(name) or (known and name not in known)):
-        raise ValueError(f"found --profile {name!r}, expected {', '.join(known) or 'the name of a profile'}")
+def _known_by_name(program: str) -> str:
+    """The shipped profile of a program with this name; "" where there is none."""
+    name = os.path.basename(program)  # noqa: PTH119  not a path of ours
+    for profile in profile_file.profiles():
+        if any(fnmatchcase(name, glob) for glob in profile_file.load(profile).profile.match.process):
+            return profile
+    return ""
 
 
 def _socket_path(pid: int) -> str:

@@ -1,0 +1,67 @@
+"""What a guard was asked to do, and the policy that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from governor import policy_file, profile_file
+from governor.model import Tier
+from governor.policy import Delivery, Efficacy, Policy, Source
+from governor.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What `governor guard` was asked to do; `guard_options` writes it, as JSON."""
+
+    cgroup: str
+    instance: str
+    knob_path: str
+    archive_directory: str
+    journal_path: str
+    agent_pid: int | None = None
+    unload_at_end: bool = True
+    source: str = ""  # "": as the policy says
+    bpf_refused: str = ""  # why the programs are not to be loaded
+    policy: str = "default"  # a preset's name or a file's path
+    archive_globs: list[str] = field(default_factory=list)  # these two replace what policy and profile say
+    compact_argv: list[str] = field(default_factory=list)
+    profile: str = ""  # a profile's name or a file's path; "": none
+    channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
+
+
+def read_profile(guard: Guard) -> Profile | None:
+    """The profile that a guard names; raises ProfileError or OSError."""
+    return profile_file.load(guard.profile).profile if guard.profile else None
+
+
+def read_policy(guard: Guard, profile: Profile | None) -> Policy:
+    """The policy that a guard names, with what the profile knows and its options replace.
+
+    Raises PolicyError or OSError.
+    """
+    wanted = policy_file.load(guard.policy).policy
+    if profile:
+        globs = tuple(dict.fromkeys((*wanted.archive.globs, *profile.session.globs)))
+        wanted = replace(
+            wanted,
+            compact=_known(wanted.compact, profile, Tier.COMPACT, profile.efficacy.compact),
+            clear=_known(wanted.clear, profile, Tier.CLEAR, profile.efficacy.clear),
+            archive=replace(wanted.archive, globs=globs),
+        )
+    if guard.archive_globs:
+        wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
+    if guard.compact_argv:
+        wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
+    if guard.source:
+        wanted = replace(wanted, signals=replace(wanted.signals, source=Source(guard.source)))
+    return wanted
+
+
+def _known(delivery: Delivery, profile: Profile, tier: Tier, prior: Efficacy) -> Delivery:
+    """What the policy leaves open, as the profile has it."""
+    if delivery.efficacy is Efficacy.UNKNOWN:
+        delivery = replace(delivery, efficacy=prior)
+    if delivery.exec or delivery.signal or profile.text(tier):
+        return delivery
+    return replace(delivery, signal=profile.signal(tier))
