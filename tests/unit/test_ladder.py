@@ -293,6 +293,11 @@ def test_a_jump_from_60_to_87_compacts_waits_for_its_settle_then_clears():
     assert run.last(Deliver).tier is Tier.CLEAR
 
 
+def test_what_was_freed_before_the_answer_counts():
+    run = Run(REACHED).at(0.75).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.3))).at(0.3, 31)
+    assert run.last(Settled).freed_bytes == 450 * MIB and not run.last(Settled).useless
+
+
 def test_a_second_brake_cuts_the_wait_for_compact_short():
     run = Run(REACHED).at(0.87).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.87)))
     run.then(braked(0.91, 10), Archived(True), braked(0.94, 1000), Archived(True))
