@@ -107,7 +107,8 @@ def answered(tier: TierState, status: Status, memory: MemoryState | None, now_ns
     if tier.status is not Status.RUNNING:
         return tier
     if status is Status.DELIVERED:
-        held_bytes = memory.unreclaimable_bytes if memory else 0
+        # From when it was asked: by the time it answers it may have freed all that it will.
+        held_bytes = max(tier.at_bytes, memory.unreclaimable_bytes if memory else 0)
         return replace(tier, status=status, at_ns=now_ns, delivered_ns=now_ns, at_bytes=held_bytes)
     return replace(tier, status=status, at_ns=now_ns)
 

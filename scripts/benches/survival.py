@@ -1,6 +1,6 @@
 """What is saved: growth at several rates, ungoverned, beside a plain poller, and governed by each source.
 
-Then peaks that end by themselves: how many of them cost the agent or a tool its life.
+And peaks that end by themselves: how many of them cost the agent or a tool its life.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benches.common import MIB, Agent, Governed, loaded, memcg, sources, table, 
 START_RATIO = 0.65  # below every level: what matters comes after
 LIMITS_MIB = (256, 1024)
 RATES_MB = (10, 20, 60, 200, 0)  # 0: as fast as the machine can
-PEAKS = (0.93, 0.97)
+PEAKS = (0.93, 0.95, 0.97)
 PEAK_RATES_MB = (20, 0)
 POLLER = "15 s poller"
 POLLER_POLICY = 'extends = "seed"\n[signals]\ninterval = "15s"\nraised_interval = "15s"\n'
@@ -85,7 +85,7 @@ def peak(way: str, limit_mib: int, ratio: float, rate_mb: int, burst: str) -> tu
 
 
 def survival(quick: bool, only_mib: int = 0) -> None:
-    """`only_mib`: only this size, and none of the peaks."""
+    """`only_mib`: only this size."""
     from governor import pins
 
     limits = (only_mib,) if only_mib else LIMITS_MIB[:1] if quick else LIMITS_MIB
@@ -111,25 +111,32 @@ def survival(quick: bool, only_mib: int = 0) -> None:
         rows.append(["session saved", "", *(f"{saved[way]} of {len(limits) * len(rates)}" for way in ways)])
         print()
         table(["max, MiB", "MB/s", *ways], rows)
-        if not only_mib:
-            peaks(governing, quick)
     finally:
         pins.unload(INSTANCE)
     print(f"{time.monotonic() - begun:.0f} s")
 
 
-def peaks(governing: list[str], quick: bool) -> None:
+def peaks(only_mib: int = 0) -> None:
+    """Peaks that end by themselves half a second later, of the agent itself."""
+    from governor import pins
+
+    governing = sources()
+    print(f"{where()}; peaks from {START_RATIO:.0%} of max that end by themselves half a second later\n", flush=True)
+    loaded(INSTANCE)
     rows: list[list[object]] = []
-    for ratio in PEAKS[1:] if quick else PEAKS:
-        for rate_mb in PEAK_RATES_MB:
-            row: list[object] = [f"{ratio:.2f}", rate_mb or "full speed"]
-            for way in governing:
-                actions, took_s = peak(way, LIMITS_MIB[0], ratio, rate_mb, "peak")
-                needless = [name for name in actions if name != "braked"]
-                brakes = actions.count("braked")
-                told = ", ".join(dict.fromkeys(needless)) or "lives"
-                row.append(f"{told}; {brakes} brakes, {took_s:.1f} s")
-                print(f"  peak {ratio}, {rate_mb or 'full speed'}, {way}: {row[-1]}", flush=True)
-            rows.append(row)
-    print(f"\nPeaks that end by themselves half a second later, {LIMITS_MIB[0]} MiB:\n")
-    table(["of max", "MB/s", *governing], rows)
+    try:
+        for limit_mib in (only_mib,) if only_mib else LIMITS_MIB:
+            for rate_mb in PEAK_RATES_MB:
+                for ratio in PEAKS:
+                    row: list[object] = [limit_mib, rate_mb or "full speed", f"{ratio:.2f}"]
+                    for way in governing:
+                        actions, took_s = peak(way, limit_mib, ratio, rate_mb, "peak")
+                        needless = [name for name in actions if name != "braked"]
+                        told = ", ".join(dict.fromkeys(needless)) or "lives"
+                        row.append(f"{told}; {actions.count('braked')} brakes, {took_s:.1f} s")
+                        print(f"  {limit_mib} MiB, {row[1]}, {ratio}, {way}: {row[-1]}", flush=True)
+                    rows.append(row)
+    finally:
+        pins.unload(INSTANCE)
+    print()
+    table(["max, MiB", "MB/s", "of max", *governing], rows)

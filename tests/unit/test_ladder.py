@@ -303,6 +303,11 @@ def test_a_subscriber_who_can_is_asked_and_when_it_is_gone_that_is_an_attempt():
     assert not resumed.compact.reachable
 
 
+def test_what_was_freed_before_the_answer_counts():
+    run = Run(REACHED).at(0.75).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.3))).at(0.3, 31)
+    assert run.last(Settled).freed_bytes == 450 * MIB and not run.last(Settled).useless
+
+
 def test_a_second_brake_cuts_the_wait_for_compact_short():
     run = Run(REACHED).at(0.87).then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.87)))
     run.then(braked(0.91, 10), Archived(True), braked(0.94, 1000), Archived(True))

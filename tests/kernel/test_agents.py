@@ -1,0 +1,143 @@
+"""Agents in real terminals under `governor run`: asked where they can be, told, ended, and passed through."""
+
+import json
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import AGENT, wait_for
+
+LINES = AGENT.with_name("lines.py")
+POLICY = '[compact]\nsettle = "2s"\n[clear]\nwarning = "1s"\nsettle = "2s"\n'
+
+
+class Desk:
+    """`governor run` under a terminal of its own, as a person has it."""
+
+    def __init__(self, directory, *argv):
+        self.state = directory / "state" / "governor"
+        self.shown = b""
+        self.status = None
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, "XDG_STATE_HOME": str(directory / "state"), "TERM": "xterm"}
+            os.execvpe("governor", ["governor", "run", *map(str, argv)], environment)
+
+    def look(self):
+        """What the terminal has shown so far."""
+        while select.select([self.master], [], [], 0)[0]:
+            try:
+                self.shown += os.read(self.master, 65536)
+            except OSError:  # its end
+                break
+        return self.shown.decode(errors="replace")
+
+    def shows(self, text, seconds=60):
+        wait_for(lambda: text in self.look(), seconds, f"{text!r} on the terminal")
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def lines(self, *kinds):
+        found = []
+        for path in self.state.glob("journal-*.ndjson"):
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            found += [json.loads(line) for line in whole.splitlines()]
+        return [line for line in found if line["kind"] in kinds]
+
+    def ended(self):
+        self.look()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.status = os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+    def close(self):
+        if self.status is None:
+            os.kill(self.pid, signal.SIGTERM)
+            wait_for(self.ended)
+        os.close(self.master)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    made = []
+
+    def make(*argv):
+        made.append(Desk(tmp_path, *argv))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+        for log in one.state.glob("run-*.log"):
+            print(log.read_text())
+
+
+def test_a_repl_is_asked_to_compact_in_its_terminal(desk, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY)
+    options = ("--profile", "generic-repl", "--memory-max", "128MiB", "--policy", policy)
+    run = desk(*options, "--", sys.executable, LINES, tmp_path / "record")
+    run.shows("agent> ")
+    wait_for(lambda: run.lines("protecting"), 60)
+    run.type("fill 85\r")
+    run.shows("did /compact")
+    wait_for(lambda: run.lines("settled"))
+    assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 85", "/compact"]
+    assert "of use" in run.lines("settled")[0]["text"]
+    assert not run.lines("braked", "terminating")
+    run.type("\x04")
+    wait_for(run.ended)
+    assert run.status == 1  # of the program, which was not prepared for the end of its input
+    assert not list(Path("/sys/fs/cgroup").glob("governor-run-*"))
+
+
+def test_a_draft_is_never_glued_to(desk, tmp_path):
+    run = desk(
+        "--profile", "generic-repl", "--memory-max", "128MiB", "--", sys.executable, LINES, tmp_path / "record"
+    )
+    run.shows("agent> ")
+    wait_for(lambda: run.lines("protecting"), 60)
+    run.type("fill 85\r")
+    run.shows("did fill 85")
+    run.type("half a sentence")
+    deferred = wait_for(lambda: run.lines("compact_deferred"))[0]
+    assert "nothing typed: a draft is in its input" in deferred["text"]
+    run.type(" that ends\r")
+    run.shows("did /compact")
+    assert (tmp_path / "record").read_text().split("\n")[1:3] == ["half a sentence that ends", "/compact"]
+
+
+def test_a_burst_of_the_agent_is_archived_and_its_status_passed_on(desk, tmp_path):
+    session = tmp_path / "session.jsonl"
+    begin = tmp_path / "begin"
+    options = ("--memory-max", "128MiB", "--archive", f"{tmp_path}/*.jsonl")
+    run = desk(*options, "--", sys.executable, AGENT, session, "touch", "--begin", begin)
+    run.shows("ready")
+    wait_for(lambda: run.lines("agent") and run.lines("protecting"), 60)
+    begin.touch()
+    wait_for(run.ended, 60)
+    assert run.status in (143, 137)
+    assert run.lines("archived")
+    assert (run.state / "archive").is_dir()
+
+
+def test_a_tool_that_bursts_is_shed_and_the_agent_is_told(desk, tmp_path):
+    begin = tmp_path / "begin"
+    run = desk("--memory-max", "128MiB", "--", sys.executable, AGENT, tmp_path / "s", "tool", "--begin", begin)
+    run.shows("ready")
+    wait_for(lambda: run.lines("agent") and run.lines("protecting"), 60)
+    begin.touch()
+    run.shows("tool ended with -9")
+    told = wait_for(lambda: run.lines("told"))[0]
+    assert "Try again with less at a time" in told["text"]
+    cgroup_id = os.stat(told["target"]).st_ino
+    assert told["text"][:40] in Path(f"/run/governor/memcg-{cgroup_id}.told").read_text()
+    time.sleep(0.5)
+    assert run.status is None and not run.ended()
