@@ -6,6 +6,7 @@ Does not take the guard's locks: the process that becomes the guard does (see lo
 from __future__ import annotations
 
 import os
+import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,14 @@ class Wishes(NamedTuple):
     archive_directory: Path | None = None
     journal: Path | None = None
     source: str = ""
+
+
+def split(compact: str) -> list[str]:
+    """The words of a command that is written as for a shell; raises ValueError."""
+    try:
+        return shlex.split(compact)
+    except ValueError as error:
+        raise ValueError(f"found --compact {compact!r}, expected a command as for a shell: {error}") from None
 
 
 def check(wishes: Wishes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import sys
 from json import dumps
 from pathlib import Path
@@ -19,6 +18,7 @@ from governor.policy_keys import NAME, Unexpected, duration_ns, size_bytes
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
 _PROFILES = Path(__file__).parent / "profiles"
 _LEAST_BYTES = 1 << 20
+_LOGS = 20
 # As reflex: without site-packages and environment, several MiB less, and nobody's PYTHONPATH.
 _BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.run import main; sys.exit(main(sys.argv[1:]))"
 
@@ -52,7 +52,7 @@ def run(
     Example: governor run --memory-max 2GiB -- claude
     """
     try:
-        wishes = Wishes(policy, archive or [], shlex.split(compact), archive_dir, journal, source)
+        wishes = Wishes(policy, archive or [], guard_options.split(compact), archive_dir, journal, source)
         guard_options.check(wishes)
         limit_bytes = _limit(memory_max)
         grace_ns = _grace(grace)
@@ -67,7 +67,7 @@ def run(
     options = {
         "command": command,
         "socket_path": _socket_path(pid),
-        "log_path": str(instance.state_directory() / f"run-{pid}.log"),
+        "log_path": _log_path(pid),
         "memcg": made,
         "guard": guard,
         "grace_ns": grace_ns,
@@ -82,15 +82,15 @@ def run(
 def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object] | None, str]:
     """The memcg made for the agent ("": none), what its guard is told (None: no guard), and why there is none."""
     made = ""
-    if limit_bytes:
-        try:
-            made = run_memcg.make(limit_bytes)
-        except run_memcg.NoMemcg as error:
-            _say(f"no memcg for --memory-max: {error}. The limit of where the agent runs counts")
     try:
+        if limit_bytes:
+            made = _made(limit_bytes)
         memcg = cgroup.Memcg(made) if made else run_memcg.own()
-    except (OSError, run_memcg.NoMemcg) as error:
-        return made, None, str(error)
+    except run_memcg.NoMemcg as error:
+        made = _made(0)  # governor is in the root of cgroup v2, which is none: there one can be made
+        if not made:
+            return "", None, str(error)
+        memcg = cgroup.Memcg(made)
     try:
         wishes = wishes._replace(policy=guard_options.check_policy(wishes.policy, memcg.path))
         name = f"guard-{memcg.cgroup_id}"
@@ -101,7 +101,17 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
         _fail(str(error), 2)
     except OSError as error:
         return made, None, f"{error.filename or 'run-time files'}: {error.strerror or error}"
-    return made, guard | {"locks": [guard_options.lock_name(memcg.cgroup_id), name]}, ""
+    locks = [guard_options.lock_name(memcg.cgroup_id), name]
+    return made, guard | {"only_pid": True, "locks": locks}, ""
+
+
+def _made(limit_bytes: int) -> str:
+    try:
+        return run_memcg.make(limit_bytes)
+    except run_memcg.NoMemcg as error:
+        if limit_bytes:
+            _say(f"no memcg for --memory-max: {error}. The limit of where the agent runs counts")
+        return ""
 
 
 def _limit(text: str) -> int:
@@ -127,6 +137,16 @@ def _check_profile(name: str) -> None:
     known = sorted(path.stem for path in _PROFILES.glob("*.toml"))
     if name and (not NAME.fullmatch(name) or (known and name not in known)):
         raise ValueError(f"found --profile {name!r}, expected {', '.join(known) or 'the name of a profile'}")
+
+
+def _log_path(pid: int) -> str:
+    """A new log; all but the newest of those that ended are removed."""
+    directory = instance.state_directory()
+    logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
+    for path in logs[:-_LOGS]:
+        if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
+            path.unlink(missing_ok=True)
+    return str(directory / f"run-{pid}.log")
 
 
 def _socket_path(pid: int) -> str:

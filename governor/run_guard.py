@@ -18,6 +18,7 @@ _BUSY_NS = 3_000_000_000
 _BUSY_STATUS = 75  # EX_TEMPFAIL of sysexits.h
 _FAILURES = 3  # without one that lasted: it cannot protect
 _LOG_BYTES = 1 << 20
+_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h; an exec keeps it
 
 
 class GuardProcess:
@@ -61,7 +62,7 @@ class GuardProcess:
             self._failed(now_ns, f"it ended with status {status}")
 
     def stop(self) -> None:
-        """Ask it to put everything back and leave; it is not started again."""
+        """Ask it to put everything back and leave, once its archives are written; a second time: now."""
         self._options = None
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)
@@ -84,6 +85,7 @@ class GuardProcess:
 
     def _start(self) -> int:
         argument = json.dumps({**(self._options or {}), "agent_pid": self._agent_pid})
+        parent_pid = os.getpid()
         usual_mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         pid = os.fork()
         if pid:
@@ -91,7 +93,7 @@ class GuardProcess:
             return pid
         status = 1
         try:
-            self._become(argument)
+            self._become(argument, parent_pid)
         except BaseException as error:  # noqa: BLE001  there is nobody else here to tell
             if type(error).__name__ == "Busy":
                 status = _BUSY_STATUS
@@ -100,7 +102,12 @@ class GuardProcess:
         finally:
             os._exit(status)
 
-    def _become(self, argument: str) -> None:
+    def _become(self, argument: str, parent_pid: int) -> None:
+        import ctypes  # not in the process that stays
+
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent_pid:
+            os._exit(1)
         os.setsid()  # what the agent's terminal and its user's shell signal is not meant for it
         for number in signal.valid_signals():
             if number not in (signal.SIGKILL, signal.SIGSTOP) and callable(signal.getsignal(number)):

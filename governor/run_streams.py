@@ -136,7 +136,7 @@ class Flow:
             return
         if not self._waiting:
             self._taken_ns = time.monotonic_ns()
-        if self._lossy and len(self._waiting) >= _LIMIT_BYTES:
+        if self._lossy and len(self._waiting) >= _LIMIT_BYTES and self.stalled_in_ns(time.monotonic_ns()) == 0:
             self.lost = True
             return
         self._waiting += data
