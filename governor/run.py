@@ -18,6 +18,7 @@ from governor import run_start, subtree
 from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
 from governor.run_socket import ControlSocket
+from governor.run_streams import say
 from governor.run_terminal import OuterTerminal, stop_own_group
 
 _FORWARDED = (
@@ -26,6 +27,7 @@ _FORWARDED = (
 )
 _REST_NS = 1_000_000_000  # what the agent leaves running has so long after SIGTERM
 _GUARD_NS = 20_000_000_000  # and its guard, which may be writing an archive
+_AFTER_FAULT_S = 0.1
 _BACKGROUND_NS = 100_000_000  # how often to look whether it is over
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _LAST_READS = 64  # of 64 KiB: more than any pipe holds
@@ -75,7 +77,11 @@ class Run:
             self._guard = GuardProcess(self._options.guard, self._agent.pid, self._log)
             self._listen()
             while self._goes_on():
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # noqa: BLE001  a fault of ours must not end the agent's session
+                    self._guard.say(f"{error!r} at line {_line(error)} of run.py: going on")
+                    time.sleep(_AFTER_FAULT_S)
         finally:
             if self._terminal:
                 self._terminal.leave()
@@ -91,18 +97,21 @@ class Run:
         stat = subtree.read_stat(self._agent.pid)
         if not self._terminal or not stat or stat.state != "T" or self._held_by_governor():
             return
-        outward = self._streams.outward
-        while outward.fill():
-            pass
+        self._read_the_last()
         self._terminal.leave()
         stop_own_group()
         self._caught |= self._read_signals() - {signal.SIGCONT}
         self._on_signal(signal.SIGCONT)
 
     def _held_by_governor(self) -> bool:
-        from governor import brake  # not where nobody stops anything
+        if not self._options.guard:
+            return False
+        from governor import brake  # not before something was stopped
 
-        return brake.is_stopped_by_governor((self._options.guard or {}).get("knob_path", ""), self._agent.pid)
+        try:
+            return brake.is_stopped_by_governor(self._options.guard["knob_path"], self._agent.pid)
+        except OSError:
+            return False
 
     # The loop
 
@@ -357,12 +366,11 @@ class Run:
         return ""
 
 
-def say(text: str) -> None:
-    """One line for people, on standard error."""
-    try:
-        os.write(2, f"governor: {text}\n".encode(errors="replace"))
-    except OSError:
-        return
+def _line(error: Exception) -> int:
+    trace = error.__traceback__
+    while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace.tb_lineno if trace else 0
 
 
 def _log(path: str) -> Log | None:

@@ -12,6 +12,8 @@ import signal
 import sys
 from typing import Any
 
+from governor.run_streams import say
+
 _BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
 _LASTED_NS = 60_000_000_000  # who lived so long has not failed at the start
 _BUSY_NS = 3_000_000_000
@@ -81,7 +83,7 @@ class GuardProcess:
         if self._log:
             self._log.write(f"governor: {text}\n".encode())
         elif self._failures <= _FAILURES:
-            os.write(2, f"governor: {text}\n".encode())
+            say(text)
 
     def _start(self) -> int:
         argument = json.dumps({**(self._options or {}), "agent_pid": self._agent_pid})
@@ -98,7 +100,7 @@ class GuardProcess:
             if type(error).__name__ == "Busy":
                 status = _BUSY_STATUS
             else:
-                os.write(2, f"governor: the guard cannot start: {error}\n".encode())
+                say(f"the guard cannot start: {error}")
         finally:
             os._exit(status)
 

@@ -108,7 +108,7 @@ class Shell:
         names = [f"{name}={value}" for name, value in environment.items()]
         shell = ["env", *names, "PS1=$ ", "bash", "--norc", "--noprofile", "-i"]
         self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "40", *shell)
-        wait_for(lambda: "$" in self.screen(), what="the prompt")
+        self.await_prompt()
 
     def _tmux(self, *arguments):
         command = [shutil.which("tmux"), "-S", self._socket, *arguments]
@@ -123,6 +123,10 @@ class Shell:
 
     def screen(self):
         return self._tmux("capture-pane", "-p", "-J").rstrip()
+
+    def await_prompt(self):
+        """Until the shell reads again: what is typed before goes to whom it ran."""
+        wait_for(lambda: self.screen().endswith("$"), 8.0, "the prompt")
 
     def await_line(self, wanted, seconds=8.0):
         try:

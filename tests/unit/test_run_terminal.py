@@ -245,7 +245,7 @@ def test_a_program_suspends_itself_and_its_user_has_the_shell_meanwhile(shell, t
         shell.keys("y")
         shell.await_line("key y")
     shell.keys("q")
-    wait_for(lambda: shell.screen().endswith("$"))
+    shell.await_prompt()
     shell.line("echo status $?")
     shell.await_line("status 8")
 
@@ -282,7 +282,7 @@ def test_ctrl_z_of_a_cooked_terminal_then_background_then_foreground(shell, job,
     shell.line("fg")
     time.sleep(0.6)
     shell.keys("C-c")
-    time.sleep(0.3)
+    shell.await_prompt()
     shell.line("echo status $?")
     shell.await_line("status 130")
 
@@ -324,6 +324,7 @@ def test_a_pipeline_stops_as_one(shell, job):
     shell.line("again")
     wait_for(lambda: shell.screen().count("again") >= 2)
     shell.keys("C-d")
+    shell.await_prompt()
     shell.line("echo status $?")
     shell.await_line("status 0")
 
@@ -337,6 +338,7 @@ def test_the_agent_leads_a_process_group_that_is_not_orphaned(shell, job, tmp_pa
     assert stat_of(keeper_pid)[2:] == (session, session)
     assert session == keeper_pid
     shell.keys("C-d")
+    shell.await_prompt()
     shell.line("echo status $?")
     shell.await_line("status 0")
     assert stat_of(keeper_pid) is None
@@ -356,6 +358,7 @@ def test_sigkill_of_the_keeper_loses_neither_the_agent_nor_its_status(shell, job
     assert stat_of(pid)[1] == run_pid
     (tmp_path / "go").touch()
     wait_for(lambda: stat_of(run_pid) is None)
+    shell.await_prompt()
     shell.line("echo status $?")
     shell.await_line("status 9")
 
