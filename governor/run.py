@@ -310,9 +310,14 @@ class Run:
 
     def _end_governor(self) -> None:
         self._guard.stop()
-        until_ns = time.monotonic_ns() + _GUARD_NS
+        began_ns = time.monotonic_ns()
+        was_said = False
         while self._guard.pid:
-            if time.monotonic_ns() >= until_ns:
+            waited_ns = time.monotonic_ns() - began_ns
+            if waited_ns >= _REST_NS and not was_said:
+                say("the guard finishes its archive; Ctrl-C or SIGTERM: do not wait for that")
+                was_said = True
+            if waited_ns >= _GUARD_NS:
                 os.kill(self._guard.pid, signal.SIGKILL)
             self._await_children(100)
         if self._control:
@@ -320,9 +325,8 @@ class Run:
         self._remove_memcg()
         if self._log:
             self._log.close()
-        if self._guard.trouble:
-            where = f"; see {self._log.path}" if self._log else ""
-            say(f"NOT PROTECTED: {self._guard.trouble}{where}")
+        if self._guard.trouble and self._log:  # said there, but to nobody yet
+            say(f"{self._guard.trouble}; see {self._log.path}")
 
     def _await_children(self, for_ms: int) -> None:
         poller = select.poll()

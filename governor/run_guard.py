@@ -14,7 +14,7 @@ from typing import Any
 
 from governor.run_streams import say
 
-_BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
+_BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000, 300_000_000_000)
 _LASTED_NS = 60_000_000_000  # who lived so long has not failed at the start
 _BUSY_NS = 3_000_000_000
 _BUSY_STATUS = 75  # EX_TEMPFAIL of sysexits.h
@@ -76,7 +76,8 @@ class GuardProcess:
         self._failures += 1
         self.say(f"the guard is started again: {why}")
         if self._failures == _FAILURES:
-            self.trouble = f"the guard does not stay: {why}"
+            self.trouble = f"NOT PROTECTED: the guard does not stay: {why}"
+            self.say(self.trouble)
 
     def say(self, text: str) -> None:
         """In the log, or on standard error where that is nobody's terminal."""

@@ -128,6 +128,14 @@ class Shell:
         """Until the shell reads again: what is typed before goes to whom it ran."""
         wait_for(lambda: self.screen().endswith("$"), 8.0, "the prompt")
 
+    def await_raw(self):
+        """Until governor has taken the terminal; a shell that edits a line leaves ISIG as it is."""
+        fd = os.open(self._tmux("display-message", "-p", "#{pane_tty}").strip(), os.O_RDONLY | os.O_NOCTTY)
+        try:
+            wait_for(lambda: not termios.tcgetattr(fd)[3] & termios.ISIG, 8.0, "raw mode")
+        finally:
+            os.close(fd)
+
     def await_line(self, wanted, seconds=8.0):
         try:
             wait_for(lambda: any(line.rstrip() == wanted for line in self.screen().split("\n")), seconds)

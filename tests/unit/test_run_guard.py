@@ -198,6 +198,16 @@ def test_sigkill_of_governor_ends_its_guard(run, memcg):
     wait_for(lambda: run_memcg.remove(str(path)))
 
 
+def test_a_guard_that_cannot_stay_is_said_once_and_the_agent_runs_on(run, memcg):
+    process = run("--memory-max", "64MiB", "--journal", "/proc/none/journal", "--", "cat")
+    wait_for(lambda: "NOT PROTECTED: the guard does not stay" in process.log(), 40)
+    process.stdin.write(b"on")
+    process.stdin.close()
+    assert process.stdout.read() == b"on"
+    assert process.wait(timeout=20) == 0
+    assert process.log().count("NOT PROTECTED") == 1
+
+
 def test_where_nothing_can_be_guarded_the_agent_runs_and_that_is_said(run, tmp_path):
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "x"]
     if os.geteuid() != 0:

@@ -232,6 +232,7 @@ def test_a_program_suspends_itself_and_its_user_has_the_shell_meanwhile(shell, t
     (tmp_path / "run").write_text("exec " + " ".join(map(quoted, words)))
     shell.line(f"sh {tmp_path}/run")
     shell.await_line("type")
+    shell.await_raw()
     shell.keys("x")
     shell.await_line("key x")
     for _ in range(2):
@@ -269,6 +270,7 @@ def job(shell, tmp_path):
 def test_ctrl_z_of_a_cooked_terminal_then_background_then_foreground(shell, job, tmp_path):
     job("sh", "-c", f"echo on; while sleep 0.05; do echo > {tmp_path}/alive; done")
     wait_for((tmp_path / "alive").exists)
+    shell.await_raw()
     shell.keys("C-z")
     wait_for(lambda: "Stopped" in shell.screen())
     time.sleep(0.2)
@@ -280,7 +282,7 @@ def test_ctrl_z_of_a_cooked_terminal_then_background_then_foreground(shell, job,
     shell.line("echo the shell has it")
     shell.await_line("the shell has it")
     shell.line("fg")
-    time.sleep(0.6)
+    shell.await_raw()
     shell.keys("C-c")
     shell.await_prompt()
     shell.line("echo status $?")
@@ -289,7 +291,7 @@ def test_ctrl_z_of_a_cooked_terminal_then_background_then_foreground(shell, job,
 
 def test_a_stopped_job_is_ended_by_the_shell(shell, job):
     job("cat")
-    time.sleep(0.5)
+    shell.await_raw()
     shell.line("one")
     shell.await_line("one")
     shell.keys("C-z")
@@ -307,20 +309,20 @@ def test_a_job_in_the_background_waits_for_its_terminal(shell, job):
     shell.line("echo mine")
     shell.await_line("mine")
     shell.line("clear; fg")
-    time.sleep(0.6)
+    shell.await_raw()
     shell.line("yours")
     shell.await_line("got yours")
 
 
 def test_a_pipeline_stops_as_one(shell, job):
     job("cat", suffix="| cat")
-    time.sleep(0.5)
+    shell.await_raw()
     shell.line("through")
     wait_for(lambda: shell.screen().count("through") >= 2)
     shell.keys("C-z")
     wait_for(lambda: "Stopped" in shell.screen())
     shell.line("clear; fg")
-    time.sleep(0.3)
+    shell.await_raw()
     shell.line("again")
     wait_for(lambda: shell.screen().count("again") >= 2)
     shell.keys("C-d")
@@ -337,6 +339,7 @@ def test_the_agent_leads_a_process_group_that_is_not_orphaned(shell, job, tmp_pa
     assert group == pid
     assert stat_of(keeper_pid)[2:] == (session, session)
     assert session == keeper_pid
+    shell.await_raw()
     shell.keys("C-d")
     shell.await_prompt()
     shell.line("echo status $?")
