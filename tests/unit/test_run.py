@@ -185,7 +185,7 @@ def test_a_background_process_of_the_agent_does_not_keep_governor(started):
     process = started(resident("sh", "-c", "sleep 30 & echo $!"))
     left_pid = int(process.stdout.readline())
     assert process.wait(timeout=10) == 0
-    assert stat_of(left_pid)[0] == "S"  # as without governor: it goes on
+    assert stat_of(left_pid)[0] in "RS"  # as without governor: it goes on
     os.kill(left_pid, signal.SIGKILL)
 
 
