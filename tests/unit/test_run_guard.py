@@ -14,6 +14,7 @@ from desk import RUN, AtTerminal, resident, stat_of, wait_for
 from governor import run_memcg
 
 PYTHON = sys.executable
+ONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 AGENT = Path(__file__).parent.parent / "fakes" / "agent.py"
 
 
@@ -99,6 +100,28 @@ def test_a_burst_is_archived_and_ended_and_the_memcg_is_gone(run, memcg, tmp_pat
         or len(re.findall("archived", process.log())) >= 2
     ), process.log()
     assert own_memcgs(process.pid) == []
+
+
+@pytest.mark.parametrize("is_process_1", [False, True])
+def test_inside_its_own_memcg_governor_outlives_the_agent(run, memcg, tmp_path, is_process_1):
+    """As in a pod: the limit is the container's, governor is in it, and nothing can be frozen."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to enter a memcg")
+    pod = run_memcg.make(160 << 20)
+    enter = ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', pod]
+    begin = tmp_path / "begin"
+    words = ["--source", "poll", "--archive", f"{tmp_path}/*.jsonl*", "--archive-dir", tmp_path / "archives"]
+    words += ["--", PYTHON, AGENT, tmp_path / "session.jsonl", "touch", "--rate-mb", "40", "--begin", begin]
+    try:
+        process = run(*words, prefix=[*enter, *(ONE if is_process_1 else ())])
+        assert process.stdout.readline() == b"ready\n"
+        wait_for(lambda: "brake: stop; limit: its own limit" in process.log())
+        begin.touch()
+        assert process.wait(timeout=60) == 143, process.log()
+        assert "braked: stopped" in process.log()
+        assert (tmp_path / "session.jsonl.saved").exists()
+    finally:
+        assert run_memcg.remove(pod)
 
 
 def test_a_guard_that_dies_is_started_again(run, memcg):
@@ -229,8 +252,6 @@ def test_a_limit_that_cannot_be_made_is_said(run):
 
 
 # Process 1
-
-ONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
 @pytest.fixture
