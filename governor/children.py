@@ -120,6 +120,10 @@ class Children:
         elif child and child.floods:
             self._end(child, over_deadline=False)
 
+    def has_work(self) -> bool:
+        """Whether one is at something other than a delivery: an archive, say."""
+        return any(not child.is_delivery for child, _ in self._running.values())
+
     def prolong(self, by_ns: int) -> None:
         """Put off the deadlines of deliveries: say each time how long the target was frozen since the last."""
         for child in {child for child, _ in self._running.values() if child.is_delivery}:

@@ -6,7 +6,6 @@ Exit status: 0 done (or already done by another instance), 1 it did not work, 2 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -75,9 +74,9 @@ def guard(
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
-    compact_argv = _check_command(compact)
-    wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source, profile, channel)
     try:
+        compact_argv = guard_options.split(compact)
+        wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source, profile, channel)
         guard_options.check(wishes)
         path, memcg = _check_target(target, pid)
         name = _checked(name or f"guard-{memcg.cgroup_id}")
@@ -109,13 +108,6 @@ def _lock_instance(name: str) -> None:
         _lock(name)
     except instance.Busy as busy:
         fail(f"instance {name!r} is in use by process {busy.pid}; choose another with --instance, or stop it first")
-
-
-def _check_command(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        fail(f"found --compact {text!r}, expected a command as for a shell: {error}", 2)
 
 
 def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:

@@ -27,6 +27,7 @@ class Guard:
     archive_globs: list[str] = field(default_factory=list)  # these two replace what policy and profile say
     compact_argv: list[str] = field(default_factory=list)
     profile: str = ""  # a profile's name or a file's path; "": none
+    only_pid: bool = False  # agent_pid is the only agent there will be: whoever else is in the memcg is none
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
 
 

@@ -6,6 +6,7 @@ Does not take the guard's locks: the process that becomes the guard does (see lo
 from __future__ import annotations
 
 import os
+import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,14 @@ class Wishes(NamedTuple):
     channel: str = ""  # as delivery.open_terminal has it
 
 
+def split(compact: str) -> list[str]:
+    """The words of a command that is written as for a shell; raises ValueError."""
+    try:
+        return shlex.split(compact)
+    except ValueError as error:
+        raise ValueError(f"found --compact {compact!r}, expected a command as for a shell: {error}") from None
+
+
 def check(wishes: Wishes) -> None:
     """Raises ValueError for a source or a glob that is none."""
     if wishes.source not in SOURCES:
@@ -36,7 +45,10 @@ def check(wishes: Wishes) -> None:
     for glob in wishes.archive_globs:
         parse_pattern(glob, "/")
     if wishes.profile:
-        profile_file.load(wishes.profile)  # FileError is a ValueError
+        try:
+            profile_file.load(wishes.profile)
+        except profile_file.ProfileError as error:
+            raise ValueError(f"found --profile {wishes.profile!r}: {error}") from None
     kind, _, where = wishes.channel.partition(":")
     if wishes.channel and not ((kind == "tmux" and ":" in where) or (kind == "pty" and where)):
         raise ValueError(f"found channel {wishes.channel!r}, expected tmux:SOCKET:TARGET or pty:CONTROL_SOCKET")

@@ -30,6 +30,7 @@ from governor import (
     poll_source,
     record,
     state_file,
+    subtree,
 )
 from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
@@ -114,7 +115,7 @@ class Loop:
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
-        self._stopping = False
+        self._stopping = self._in_a_hurry = False
         self.status = 0  # to exit with
 
     # The loop
@@ -135,7 +136,7 @@ class Loop:
         try:
             self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
             self._programs.load(self._executor.start)
-            while not self._stopping:
+            while not self._stopping or self._finishing():
                 try:
                     self._once(wake_fd)
                 except Exception as error:  # noqa: BLE001  a fault of ours must not end the protection
@@ -161,6 +162,14 @@ class Loop:
         for fd, _ in self._poller.poll(min(1000, max(0, wait_ns // MS + 1))):
             self._on_ready(fd, wake_fd)
 
+    def _finishing(self) -> bool:
+        """Whether to go on for the archive of an agent that has ended: who stops us with it must not lose that."""
+        if self._in_a_hurry:
+            return False
+        if self._agent.pidfd < 0:
+            return self._executor.children.has_work()
+        return self._state.phase is Phase.TERMINATING and bool(select.select([self._agent.pidfd], [], [], 0)[0])
+
     def _interval_ns(self) -> int:
         signals, state = self._policy.signals, self._state
         if state.phase is Phase.PROBATION and since(state.probation_ns, _now_ns()) > self._policy.brake.probation_ns:
@@ -183,7 +192,7 @@ class Loop:
                 self._read_policy_again()
             for number in set(caught) & set(_STOP_SIGNALS):
                 self._note("stopping", f"{signal.Signals(number).name}: restoring and leaving")
-                self._stopping = True
+                self._stopping, self._in_a_hurry = True, self._stopping
         elif fd == self._reflex.fd:
             self._hear_reflex()
         elif fd == self._agent.pidfd:
@@ -338,6 +347,8 @@ class Loop:
     # The agent
 
     def _find_agent(self) -> None:
+        if self._agent.pidfd >= 0 or self._stopping or (self._guard.only_pid and not _lives(self._guard.agent_pid)):
+            return
         if not self._agent.find():
             return
         self._poller.register(self._agent.pidfd, select.POLLIN)
@@ -470,6 +481,11 @@ class Loop:
 def _now_ns() -> int:
     """The ladder's clock: it goes on while the machine sleeps, and is not set."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def _lives(pid: int | None) -> bool:
+    stat = subtree.read_stat(pid or 0)
+    return stat is not None and stat.state not in "ZX"
 
 
 def _megabytes(found: record.Record) -> str:

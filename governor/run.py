@@ -14,11 +14,11 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-from governor import run_agent, subtree
-from governor.run_agent import Agent, CannotStart
+from governor import run_start, subtree
+from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
 from governor.run_socket import ControlSocket
-from governor.run_streams import Flow, Sink
+from governor.run_streams import say
 from governor.run_terminal import OuterTerminal, stop_own_group
 
 _FORWARDED = (
@@ -26,7 +26,10 @@ _FORWARDED = (
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP),
 )
 _REST_NS = 1_000_000_000  # what the agent leaves running has so long after SIGTERM
-_GUARD_NS = 10_000_000_000  # and its guard, which may be writing an archive
+_GUARD_NS = 20_000_000_000  # and its guard, which may be writing an archive
+_AFTER_FAULT_S = 0.1
+_BACKGROUND_NS = 100_000_000  # how often to look whether it is over
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _LAST_READS = 64  # of 64 KiB: more than any pipe holds
 
 
@@ -40,14 +43,6 @@ class Options(NamedTuple):
     guard: dict[str, Any] | None = None
     grace_ns: int = 10_000_000_000
     without: list[str] = []  # noqa: RUF012  never changed; names that the agent's environment is not to have
-
-
-class Streams(NamedTuple):
-    """What an agent's standard streams are connected to; `master`: our end of its terminal, -1 without one."""
-
-    inward: Flow
-    outward: Flow
-    master: int = -1
 
 
 class Run:
@@ -67,9 +62,12 @@ class Run:
 
     def run(self) -> int:
         """Until the agent has ended and what it wrote is passed on; the status to exit with."""
+        options = self._options
         self._catch_signals()
         try:
-            self._agent, self._streams = self._start_agent()
+            self._agent, self._streams = run_start.start(
+                options.command, self._terminal, options.memcg, tuple(options.without)
+            )
         except CannotStart as error:
             say(str(error))
             self._remove_memcg()
@@ -77,10 +75,12 @@ class Run:
         try:
             self._guard = GuardProcess(self._options.guard, self._agent.pid, self._log)
             self._listen()
-            if self._terminal:
-                self._terminal.take()
             while self._goes_on():
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # noqa: BLE001  a fault of ours must not end the agent's session
+                    self._guard.say(f"{error!r} at line {_line(error)} of run.py: going on")
+                    time.sleep(_AFTER_FAULT_S)
         finally:
             if self._terminal:
                 self._terminal.leave()
@@ -91,69 +91,36 @@ class Run:
 
     # The agent
 
-    def _start_agent(self) -> tuple[Agent, Streams]:
-        """Start the command with new streams: all that governor keeps of an agent; raises CannotStart."""
-        try:
-            if self._terminal:
-                return self._start_at_terminal(self._terminal)
-            return self._start_with_pipes()
-        except OSError as error:
-            raise CannotStart(1, f"the agent cannot be started: {error}") from None
-
-    def _start_at_terminal(self, terminal: OuterTerminal) -> tuple[Agent, Streams]:
-        master, slave = terminal.make_inner()
-        # Output that goes to a file or a pipe goes there, and not through a terminal's line discipline.
-        out, err = (slave if os.isatty(fd) else fd for fd in (1, 2))
-        has_shell = os.getpid() not in (1, os.getsid(0))
-        agent = self._start((slave, out, err), slave, has_shell)
-        # The agent's end stays open here: its last output can be read, and it may close and open its own.
-        inward = Flow(0, Sink(os.dup(master), is_ours=True))
-        outward = Flow(os.dup(master), Sink(1 if os.isatty(1) else 0), keeps_tail=True, lossy=True)
-        return agent, Streams(inward, outward, master)
-
-    def _start_with_pipes(self) -> tuple[Agent, Streams]:
-        in_read, in_write = os.pipe2(os.O_CLOEXEC)
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        agent = self._start((in_read, out_write, 2), -1, False)
-        os.close(in_read)
-        os.close(out_write)
-        os.set_blocking(out_read, False)
-        inward = Flow(0, Sink(in_write, is_ours=True))
-        return agent, Streams(inward, Flow(out_read, Sink(1), keeps_tail=True))
-
-    def _start(self, streams: tuple[int, int, int], terminal_fd: int, has_shell: bool) -> Agent:
-        options = self._options
-        return run_agent.start(
-            options.command, streams, terminal_fd, has_shell, options.memcg, tuple(options.without)
-        )
-
     def _on_stopped(self) -> None:
         """It stopped itself: the shell above gets its terminal back, until it lets this job go on."""
         stat = subtree.read_stat(self._agent.pid)
         if not self._terminal or not stat or stat.state != "T" or self._held_by_governor():
             return
-        outward = self._streams.outward
-        while outward.fill():
-            pass
+        self._read_the_last()
         self._terminal.leave()
         stop_own_group()
         self._caught |= self._read_signals() - {signal.SIGCONT}
         self._on_signal(signal.SIGCONT)
 
     def _held_by_governor(self) -> bool:
-        from governor import brake  # not where nobody stops anything
+        if not self._options.guard:
+            return False
+        from governor import brake  # not before something was stopped
 
-        return brake.is_stopped_by_governor((self._options.guard or {}).get("knob_path", ""), self._agent.pid)
+        try:
+            return brake.is_stopped_by_governor(self._options.guard["knob_path"], self._agent.pid)
+        except OSError:
+            return False
 
     # The loop
 
     def _goes_on(self) -> bool:
         if self._status is None:
             return True
-        outward = self._streams.outward
-        if self._kill_at_ns is not None or not outward.sink or not outward.waiting_bytes:
+        now_ns, outward = time.monotonic_ns(), self._streams.outward
+        if not outward.sink or not outward.waiting_bytes or now_ns >= (self._kill_at_ns or now_ns + 1):
             return False
-        return self._terminal is None or outward.stalled_in_ns(time.monotonic_ns()) != 0
+        return self._terminal is None or outward.stalled_in_ns(now_ns) != 0
 
     def _turn(self) -> None:
         now_ns = time.monotonic_ns()
@@ -163,6 +130,8 @@ class Run:
                 self._killed = True
                 for stat in self._rest():
                     subtree.send(stat.pid, stat.start_ticks, signal.SIGKILL)
+        if self._terminal and self._status is None:
+            self._terminal.take()  # a shell does not tell a job that runs that it is in the foreground now
         if self._control:
             self._control.drop_slow(now_ns)
         poller = select.poll()
@@ -194,7 +163,11 @@ class Run:
     def _wait_ms(self, now_ns: int) -> float | None:
         dues = [self._control.due_ns() if self._control else None]
         if self._status is None:
-            dues += [self._guard.due_ns(), None if self._killed else self._kill_at_ns]
+            dues.append(self._guard.due_ns())
+        if not self._killed:
+            dues.append(self._kill_at_ns)
+        if self._terminal and not self._terminal.is_raw:
+            dues.append(now_ns + _BACKGROUND_NS)
         outward = self._streams.outward
         if self._terminal and (left_ns := outward.stalled_in_ns(now_ns)):
             dues.append(now_ns + left_ns)
@@ -206,8 +179,11 @@ class Run:
             self._caught |= self._read_signals()
             return
         if fd == self._agent.stops_fd:
-            os.read(fd, 64)
-            self._on_stopped()
+            if os.read(fd, 64):
+                self._on_stopped()
+            else:  # the keeper has ended, with the agent or before it
+                os.close(fd)
+                self._agent = self._agent._replace(stops_fd=-1)
             return
         if self._log and fd == self._log.read_fd:
             self._log.drain()
@@ -260,11 +236,13 @@ class Run:
 
     def _on_signal(self, number: int) -> None:
         agent = self._agent
-        if number == signal.SIGWINCH and self._terminal:
+        if self._status is not None:  # nobody takes the rest of its output
+            if number in _ENDING:
+                self._kill_at_ns = time.monotonic_ns()
+        elif number == signal.SIGWINCH and self._terminal:
             self._terminal.pass_size(self._streams.master)
         elif number == signal.SIGCONT:
             if self._terminal:
-                self._terminal.take()
                 self._terminal.pass_size(self._streams.master)
             if not self._held_by_governor():
                 agent.go_on()
@@ -331,9 +309,14 @@ class Run:
 
     def _end_governor(self) -> None:
         self._guard.stop()
-        until_ns = time.monotonic_ns() + _GUARD_NS
+        began_ns = time.monotonic_ns()
+        was_said = False
         while self._guard.pid:
-            if time.monotonic_ns() >= until_ns:
+            waited_ns = time.monotonic_ns() - began_ns
+            if waited_ns >= _REST_NS and not was_said:
+                say("the guard finishes its archive; Ctrl-C or SIGTERM: do not wait for that")
+                was_said = True
+            if waited_ns >= _GUARD_NS:
                 os.kill(self._guard.pid, signal.SIGKILL)
             self._await_children(100)
         if self._control:
@@ -341,15 +324,15 @@ class Run:
         self._remove_memcg()
         if self._log:
             self._log.close()
-        if self._guard.trouble:
-            where = f"; see {self._log.path}" if self._log else ""
-            say(f"NOT PROTECTED: {self._guard.trouble}{where}")
+        if self._guard.trouble and self._log:  # said there, but to nobody yet
+            say(f"{self._guard.trouble}; see {self._log.path}")
 
     def _await_children(self, for_ms: int) -> None:
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         poller.poll(for_ms)
-        self._read_signals()
+        if self._read_signals() & _ENDING:
+            self._guard.stop()
         self._reap()
         if self._log:
             self._log.drain()
@@ -386,12 +369,11 @@ class Run:
         return ""
 
 
-def say(text: str) -> None:
-    """One line for people, on standard error."""
-    try:
-        os.write(2, f"governor: {text}\n".encode(errors="replace"))
-    except OSError:
-        return
+def _line(error: Exception) -> int:
+    trace = error.__traceback__
+    while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace.tb_lineno if trace else 0
 
 
 def _log(path: str) -> Log | None:

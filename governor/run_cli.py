@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import sys
 from fnmatch import fnmatchcase
 from json import dumps
@@ -19,6 +18,7 @@ from governor.policy_keys import Unexpected, duration_ns, size_bytes
 
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
 _LEAST_BYTES = 1 << 20
+_LOGS = 20
 # As reflex: without site-packages and environment, several MiB less, and nobody's PYTHONPATH.
 _BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.run import main; sys.exit(main(sys.argv[1:]))"
 
@@ -53,7 +53,8 @@ def run(
     """
     try:
         profile = profile or _known_by_name(command[0])
-        wishes = Wishes(policy, archive or [], shlex.split(compact), archive_dir, journal, source, profile)
+        compact_argv = guard_options.split(compact)
+        wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source, profile)
         guard_options.check(wishes)
         limit_bytes = _limit(memory_max)
         grace_ns = _grace(grace)
@@ -70,7 +71,7 @@ def run(
     options = {
         "command": command,
         "socket_path": socket_path,
-        "log_path": str(instance.state_directory() / f"run-{pid}.log"),
+        "log_path": _log_path(pid),
         "memcg": made,
         "guard": guard,
         "grace_ns": grace_ns,
@@ -84,15 +85,15 @@ def run(
 def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object] | None, str]:
     """The memcg made for the agent ("": none), what its guard is told (None: no guard), and why there is none."""
     made = ""
-    if limit_bytes:
-        try:
-            made = run_memcg.make(limit_bytes)
-        except run_memcg.NoMemcg as error:
-            _say(f"no memcg for --memory-max: {error}. The limit of where the agent runs counts")
     try:
+        if limit_bytes:
+            made = _made(limit_bytes)
         memcg = cgroup.Memcg(made) if made else run_memcg.own()
-    except (OSError, run_memcg.NoMemcg) as error:
-        return made, None, str(error)
+    except run_memcg.NoMemcg as error:
+        made = _made(0)  # governor is in the root of cgroup v2, which is none: there one can be made
+        if not made:
+            return "", None, str(error)
+        memcg = cgroup.Memcg(made)
     try:
         wishes = wishes._replace(policy=guard_options.check_policy(wishes.policy, memcg.path))
         name = f"guard-{memcg.cgroup_id}"
@@ -103,7 +104,17 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
         _fail(str(error), 2)
     except OSError as error:
         return made, None, f"{error.filename or 'run-time files'}: {error.strerror or error}"
-    return made, guard | {"locks": [guard_options.lock_name(memcg.cgroup_id), name]}, ""
+    locks = [guard_options.lock_name(memcg.cgroup_id), name]
+    return made, guard | {"only_pid": True, "locks": locks}, ""
+
+
+def _made(limit_bytes: int) -> str:
+    try:
+        return run_memcg.make(limit_bytes)
+    except run_memcg.NoMemcg as error:
+        if limit_bytes:
+            _say(f"no memcg for --memory-max: {error}. The limit of where the agent runs counts")
+        return ""
 
 
 def _limit(text: str) -> int:
@@ -132,6 +143,16 @@ def _known_by_name(program: str) -> str:
         if any(fnmatchcase(name, glob) for glob in profile_file.load(profile).profile.match.process):
             return profile
     return ""
+
+
+def _log_path(pid: int) -> str:
+    """A new log; all but the newest of those that ended are removed."""
+    directory = instance.state_directory()
+    logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
+    for path in logs[:-_LOGS]:
+        if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
+            path.unlink(missing_ok=True)
+    return str(directory / f"run-{pid}.log")
 
 
 def _socket_path(pid: int) -> str:

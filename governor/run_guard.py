@@ -12,12 +12,15 @@ import signal
 import sys
 from typing import Any
 
-_BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
+from governor.run_streams import say
+
+_BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000, 300_000_000_000)
 _LASTED_NS = 60_000_000_000  # who lived so long has not failed at the start
 _BUSY_NS = 3_000_000_000
 _BUSY_STATUS = 75  # EX_TEMPFAIL of sysexits.h
 _FAILURES = 3  # without one that lasted: it cannot protect
 _LOG_BYTES = 1 << 20
+_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h; an exec keeps it
 
 
 class GuardProcess:
@@ -61,7 +64,7 @@ class GuardProcess:
             self._failed(now_ns, f"it ended with status {status}")
 
     def stop(self) -> None:
-        """Ask it to put everything back and leave; it is not started again."""
+        """Ask it to put everything back and leave, once its archives are written; a second time: now."""
         self._options = None
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)
@@ -73,17 +76,19 @@ class GuardProcess:
         self._failures += 1
         self.say(f"the guard is started again: {why}")
         if self._failures == _FAILURES:
-            self.trouble = f"the guard does not stay: {why}"
+            self.trouble = f"NOT PROTECTED: the guard does not stay: {why}"
+            self.say(self.trouble)
 
     def say(self, text: str) -> None:
         """In the log, or on standard error where that is nobody's terminal."""
         if self._log:
             self._log.write(f"governor: {text}\n".encode())
         elif self._failures <= _FAILURES:
-            os.write(2, f"governor: {text}\n".encode())
+            say(text)
 
     def _start(self) -> int:
         argument = json.dumps({**(self._options or {}), "agent_pid": self._agent_pid})
+        parent_pid = os.getpid()
         usual_mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         pid = os.fork()
         if pid:
@@ -91,16 +96,21 @@ class GuardProcess:
             return pid
         status = 1
         try:
-            self._become(argument)
+            self._become(argument, parent_pid)
         except BaseException as error:  # noqa: BLE001  there is nobody else here to tell
             if type(error).__name__ == "Busy":
                 status = _BUSY_STATUS
             else:
-                os.write(2, f"governor: the guard cannot start: {error}\n".encode())
+                say(f"the guard cannot start: {error}")
         finally:
             os._exit(status)
 
-    def _become(self, argument: str) -> None:
+    def _become(self, argument: str, parent_pid: int) -> None:
+        import ctypes  # not in the process that stays
+
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent_pid:
+            os._exit(1)
         os.setsid()  # what the agent's terminal and its user's shell signal is not meant for it
         for number in signal.valid_signals():
             if number not in (signal.SIGKILL, signal.SIGSTOP) and callable(signal.getsignal(number)):

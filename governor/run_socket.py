@@ -52,14 +52,16 @@ class ControlSocket:
         self._clients: dict[int, _Client] = {}
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            if os.path.lexists(path):
-                os.unlink(path)  # noqa: PTH108  no pathlib here; of a process that had our pid before
+            beside = f"{path}.new"  # who finds the path can connect
+            if os.path.lexists(beside):
+                os.unlink(beside)  # noqa: PTH108  no pathlib here
             usual_umask = os.umask(0o177)
             try:
-                self._listening.bind(path)
+                self._listening.bind(beside)
             finally:
                 os.umask(usual_umask)
             self._listening.listen(_CLIENTS)
+            os.rename(beside, path)  # noqa: PTH104  and what a process that had our pid before left is replaced
         except OSError:
             self._listening.close()
             raise

@@ -15,8 +15,19 @@ import time
 CHUNK_BYTES = 65536
 TAIL_BYTES = 256 << 10
 _LIMIT_BYTES = 256 << 10  # waiting to be written
+_LINE_LIMIT = 4000  # under PIPE_BUF
 STALL_NS = 1_000_000_000
 _WITHOUT_ASKING_BYTES = 512  # what a pipe or a terminal that poll() calls writable takes (POSIX: PIPE_BUF)
+
+
+def say(text: str) -> None:
+    """One line for people, on standard error; lost when nobody reads it."""
+    line = f"governor: {text}"[:_LINE_LIMIT].encode(errors="replace")[:_LINE_LIMIT] + b"\n"
+    try:
+        if select.select([], [2], [], 0)[1]:  # a pipe then has room for PIPE_BUF
+            os.write(2, line)
+    except OSError:
+        return
 
 
 class Sink:
@@ -136,7 +147,7 @@ class Flow:
             return
         if not self._waiting:
             self._taken_ns = time.monotonic_ns()
-        if self._lossy and len(self._waiting) >= _LIMIT_BYTES:
+        if self._lossy and len(self._waiting) >= _LIMIT_BYTES and self.stalled_in_ns(time.monotonic_ns()) == 0:
             self.lost = True
             return
         self._waiting += data

@@ -23,6 +23,8 @@ class OuterTerminal:
         except termios.error as error:
             raise OSError(*error.args) from None
         self.is_raw = False
+        self._are_others = not self.is_foreground  # the modes saved: they are those of a shell that edits a line
+        self._slave = -1
 
     def make_inner(self) -> tuple[int, int]:
         """A terminal like it: both ends, the outer (non-blocking) and the agent's; raises OSError."""
@@ -30,6 +32,7 @@ class OuterTerminal:
         termios.tcsetattr(slave, termios.TCSANOW, self._saved)
         os.set_blocking(master, False)
         self.pass_size(master)
+        self._slave = slave
         return master, slave
 
     def pass_size(self, master: int) -> None:
@@ -60,6 +63,9 @@ class OuterTerminal:
         """Raw: every byte passes, none means anything here. Does nothing in the background."""
         if self.is_raw or not self.is_foreground:
             return
+        if self._are_others:
+            self._are_others = False
+            self._save_again()
         modes = [*self._saved]
         modes[_IFLAG] &= ~(
             termios.IGNBRK
@@ -84,13 +90,12 @@ class OuterTerminal:
             self._set(self._saved)
             self.is_raw = False
 
-    def save_again(self) -> None:
-        """Whoever had it meanwhile may have set other modes."""
-        if not self.is_raw and self.is_foreground:
-            try:
-                self._saved = termios.tcgetattr(0)
-            except termios.error:
-                return
+    def _save_again(self) -> None:
+        try:
+            self._saved = termios.tcgetattr(0)
+            termios.tcsetattr(self._slave, termios.TCSANOW, self._saved)
+        except termios.error:
+            return  # hung up
 
     def _set(self, modes: list[Any]) -> bool:
         """Without waiting for output that nobody may read; from the background as well (SIGTTOU is blocked)."""
