@@ -133,7 +133,7 @@ class Renderer:
         news = self._news(output)
         self._seen = output
         try:
-            if news is None or _ALTERNATE.search(news):
+            if news is None or _ALTERNATE.search(self._left + news):
                 self._fresh()
                 self._feed(_of_the_screen(_from_a_boundary(output)))
             else:
@@ -163,7 +163,27 @@ class Renderer:
         import pyte
 
         class Screen(pyte.Screen):
-            """One that scrolls by SU and SD as well, which pyte leaves out."""
+            """One that scrolls by SU and SD too, whose cursor outside a scroll region is not drawn into it, and which
+            remembers one saved cursor, as terminals do.
+            """
+
+            saved = (0, 0)
+
+            def save_cursor(self) -> None:
+                self.saved = self.cursor.x, self.cursor.y
+
+            def restore_cursor(self) -> None:
+                self.cursor.x, self.cursor.y = self.saved
+
+            def cursor_up(self, count: int | None = None) -> None:
+                top = self.margins.top if self.margins and self.cursor.y >= self.margins.top else 0
+                self.cursor.y = max(self.cursor.y - (count or 1), top)
+
+            def cursor_down(self, count: int | None = None) -> None:
+                bottom = self.lines - 1
+                if self.margins and self.cursor.y <= self.margins.bottom:
+                    bottom = self.margins.bottom
+                self.cursor.y = min(self.cursor.y + (count or 1), bottom)
 
             def scroll_up(self, count: int = 1) -> None:
                 self._scroll(count, (self.margins.bottom if self.margins else self.lines - 1), self.index)
@@ -200,6 +220,8 @@ def _kept(token: re.Match[bytes]) -> bytes:
     """A sequence as the emulator may have it."""
     if token["final"] is None:
         return bytes(token["wrap"] or token["escape"] or b"")
+    if token["final"] == b"r" and not token["parameters"].strip(b"0;"):
+        return b"\x1b[r\x1b[H"  # which pyte leaves out
     most = 2 if token["final"] in b"Hfr" else 1
     parameters = token["parameters"].split(b";")[:most]
     if token["final"] in b"JK" and parameters[0] not in (b"", b"0", b"1", b"2", b"3"):
