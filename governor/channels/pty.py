@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import struct
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Collection
 from typing import Any
@@ -27,6 +28,8 @@ _SIZE_LIMIT = 500
 _PIPE_SIZE = (100, _SIZE_LIMIT)  # of an agent that has no terminal
 _OVERLAP_BYTES = 16 << 10
 _REASON_LIMIT = 200
+_RENDER_S = 10.0  # of CPU time; 256 KiB of usual output take about half a second
+_PIECE_BYTES = 4 << 10
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 _ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")
@@ -35,11 +38,11 @@ _TOKEN = re.compile(
     rb"|(?P<wrap>\x1b\[\?7[hl])"
     rb"|(?P<escape>\x1b[78DEMc])"
     rb"|\x1b\[[0-?]*[ -/]*[@-~]"  # any other CSI
-    rb"|\x1b[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*(?:\x07|\x1b\\)"  # strings: DCS, SOS, PM, APC, OSC
+    rb"|\x1b[PX^_\]k][^\x07\x1b]*(?:\x07|\x1b\\|(?=\x1b)|\Z)"  # strings: DCS, SOS, PM, APC, OSC, title; ESC ends them
     rb"|\x1b[ -/]*[0-~]"  # any other escape
     rb"|[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]"
 )
-_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*\x1b?|[ -/]*)\Z")
+_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_\]k][^\x07]*|[ -/]*)\Z")  # from the last ESC on
 
 
 class PtyTerminal:
@@ -138,6 +141,9 @@ class Renderer:
                 self._feed(_of_the_screen(_from_a_boundary(output)))
             else:
                 self._feed(news)
+        except ChannelError:
+            self._seen = b""
+            raise
         except Exception as error:  # noqa: BLE001  of an emulator that is fed by the agent
             self._seen = b""
             raise ChannelError(f"its output cannot be rendered: {type(error).__name__}") from None
@@ -209,11 +215,16 @@ class Renderer:
 
     def _feed(self, data: bytes) -> None:
         data = self._left + data
-        unfinished = _UNFINISHED.search(data)
-        self._left = data[unfinished.start() :] if unfinished else b""
-        if len(self._left) > _OVERLAP_BYTES:
-            self._left = b""  # a string without an end
-        self._stream.feed(_TOKEN.sub(_kept, data[: unfinished.start()] if unfinished else data))
+        end = data.rfind(b"\x1b")
+        if end < 0 or not _UNFINISHED.match(data, end):
+            end = len(data)
+        self._left = data[end:] if len(data) - end <= _OVERLAP_BYTES else b""  # else a string without an end
+        plain = _TOKEN.sub(_kept, data[:end])
+        until = time.process_time() + _RENDER_S
+        for at in range(0, len(plain), _PIECE_BYTES):
+            if time.process_time() > until:
+                raise ChannelError("its output takes too long to render")
+            self._stream.feed(plain[at : at + _PIECE_BYTES])
 
 
 def _kept(token: re.Match[bytes]) -> bytes:

@@ -68,6 +68,16 @@ def test_no_output_brings_the_renderer_down_and_pieces_show_what_the_whole_shows
     assert renderer.show(whole) == Renderer(6, 20).show(whole)
 
 
+@pytest.mark.parametrize(
+    "piece", [b"\x1b]", b"\x1bP\x1b", b"\x1b[", b"\x1b", b"\x1b[?1049h", b"\x1b[500S", b"\x1b[1;"]
+)
+def test_output_that_is_made_to_be_slow_is_given_up(monkeypatch, piece):
+    monkeypatch.setattr(pty, "_RENDER_S", 0.1)
+    data = (piece * (1 << 18))[: 1 << 18]
+    with contextlib.suppress(ChannelError):
+        Renderer(100, 100).show(data)
+
+
 def test_a_window_that_slides_over_the_output_shows_the_same(monkeypatch):
     monkeypatch.setattr(pty, "_OVERLAP_BYTES", 64)
     rng = random.Random(7)
