@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import struct
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Collection
 from typing import Any
@@ -27,6 +28,8 @@ _SIZE_LIMIT = 500
 _PIPE_SIZE = (100, _SIZE_LIMIT)  # of an agent that has no terminal
 _OVERLAP_BYTES = 16 << 10
 _REASON_LIMIT = 200
+_RENDER_S = 10.0  # of CPU time; 256 KiB of usual output take about half a second
+_PIECE_BYTES = 4 << 10
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 _ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")
@@ -35,11 +38,11 @@ _TOKEN = re.compile(
     rb"|(?P<wrap>\x1b\[\?7[hl])"
     rb"|(?P<escape>\x1b[78DEMc])"
     rb"|\x1b\[[0-?]*[ -/]*[@-~]"  # any other CSI
-    rb"|\x1b[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*(?:\x07|\x1b\\)"  # strings: DCS, SOS, PM, APC, OSC
+    rb"|\x1b[PX^_\]k][^\x07\x1b]*(?:\x07|\x1b\\|(?=\x1b)|\Z)"  # strings: DCS, SOS, PM, APC, OSC, title; ESC ends them
     rb"|\x1b[ -/]*[0-~]"  # any other escape
     rb"|[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]"
 )
-_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_\]](?:[^\x07\x1b]|\x1b(?!\\))*\x1b?|[ -/]*)\Z")
+_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[PX^_\]k][^\x07]*|[ -/]*)\Z")  # from the last ESC on
 
 
 class PtyTerminal:
@@ -133,11 +136,14 @@ class Renderer:
         news = self._news(output)
         self._seen = output
         try:
-            if news is None or _ALTERNATE.search(news):
+            if news is None or _ALTERNATE.search(self._left + news):
                 self._fresh()
                 self._feed(_of_the_screen(_from_a_boundary(output)))
             else:
                 self._feed(news)
+        except ChannelError:
+            self._seen = b""
+            raise
         except Exception as error:  # noqa: BLE001  of an emulator that is fed by the agent
             self._seen = b""
             raise ChannelError(f"its output cannot be rendered: {type(error).__name__}") from None
@@ -163,7 +169,27 @@ class Renderer:
         import pyte
 
         class Screen(pyte.Screen):
-            """One that scrolls by SU and SD as well, which pyte leaves out."""
+            """One that scrolls by SU and SD too, whose cursor outside a scroll region is not drawn into it, and which
+            remembers one saved cursor, as terminals do.
+            """
+
+            saved = (0, 0)
+
+            def save_cursor(self) -> None:
+                self.saved = self.cursor.x, self.cursor.y
+
+            def restore_cursor(self) -> None:
+                self.cursor.x, self.cursor.y = self.saved
+
+            def cursor_up(self, count: int | None = None) -> None:
+                top = self.margins.top if self.margins and self.cursor.y >= self.margins.top else 0
+                self.cursor.y = max(self.cursor.y - (count or 1), top)
+
+            def cursor_down(self, count: int | None = None) -> None:
+                bottom = self.lines - 1
+                if self.margins and self.cursor.y <= self.margins.bottom:
+                    bottom = self.margins.bottom
+                self.cursor.y = min(self.cursor.y + (count or 1), bottom)
 
             def scroll_up(self, count: int = 1) -> None:
                 self._scroll(count, (self.margins.bottom if self.margins else self.lines - 1), self.index)
@@ -189,17 +215,24 @@ class Renderer:
 
     def _feed(self, data: bytes) -> None:
         data = self._left + data
-        unfinished = _UNFINISHED.search(data)
-        self._left = data[unfinished.start() :] if unfinished else b""
-        if len(self._left) > _OVERLAP_BYTES:
-            self._left = b""  # a string without an end
-        self._stream.feed(_TOKEN.sub(_kept, data[: unfinished.start()] if unfinished else data))
+        end = data.rfind(b"\x1b")
+        if end < 0 or not _UNFINISHED.match(data, end):
+            end = len(data)
+        self._left = data[end:] if len(data) - end <= _OVERLAP_BYTES else b""  # else a string without an end
+        plain = _TOKEN.sub(_kept, data[:end])
+        until = time.process_time() + _RENDER_S
+        for at in range(0, len(plain), _PIECE_BYTES):
+            if time.process_time() > until:
+                raise ChannelError("its output takes too long to render")
+            self._stream.feed(plain[at : at + _PIECE_BYTES])
 
 
 def _kept(token: re.Match[bytes]) -> bytes:
     """A sequence as the emulator may have it."""
     if token["final"] is None:
         return bytes(token["wrap"] or token["escape"] or b"")
+    if token["final"] == b"r" and not token["parameters"].strip(b"0;"):
+        return b"\x1b[r\x1b[H"  # which pyte leaves out
     most = 2 if token["final"] in b"Hfr" else 1
     parameters = token["parameters"].split(b";")[:most]
     if token["final"] in b"JK" and parameters[0] not in (b"", b"0", b"1", b"2", b"3"):

@@ -49,6 +49,8 @@ class TmuxTerminal:
             self._tmux("send-keys", "-t", pane, "-X", "cancel")
         for text, is_plain in _runs(keys):
             if is_plain:
+                if text.endswith(";"):  # which tmux would take for the end of the command
+                    text = text[:-1] + "\\;"
                 self._tmux("send-keys", "-t", pane, "-l", "--", text)
             else:
                 for at in range(0, len(text), _KEYS_PER_CALL):

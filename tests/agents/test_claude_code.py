@@ -157,11 +157,11 @@ def test_nothing_is_typed_into_a_permission_dialog(start):
     claude = start()
     claude.submit("TOOL touch approved")
     wait_for(lambda: claude.seen().state is State.WAITING)
-    before = claude.terminal.screen()
+    before = claude.terminal.screen()[-6:]  # the dialog: above it something blinks
     outcome = claude.deliver()
     assert outcome.status is Status.DEFERRED
     assert outcome.reason.startswith("nothing typed: it is waiting")
-    assert claude.terminal.screen() == before
+    assert claude.terminal.screen()[-6:] == before
     time.sleep(1)
     assert not (claude.work / "approved").exists()
 

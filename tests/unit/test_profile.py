@@ -22,7 +22,7 @@ from governor.profile import Profile, WhileBusy
 from governor.profile_agent import find_agent
 from governor.profile_cli import as_toml
 from governor.profile_file import KEYS, Loaded, ProfileError, load, parse, profiles
-from governor.profile_state import State, look, read_screen
+from governor.profile_state import State, first_match, look, read_screen
 from tests.fakes.stage import PtyStage, TmuxStage, wait_for
 
 FAKES = Path(__file__).resolve().parent.parent / "fakes"
@@ -164,6 +164,19 @@ CLAUDE = [
 def test_the_screen_of_claude_code(lines, state, draft):
     found, seen_draft, _ = read_screen(load("claude-code").profile, lines)
     assert (found.state, seen_draft) == (state, draft)
+
+
+REFUSALS = [
+    ([f"{SIGN} /compact", "  ⎿ \u00a0Error: No messages to compact"], True),
+    ([f"{SIGN} /compact", "  ⎿  Not enough messages to compact."], True),
+    ([f"{SIGN} /compact", "  ⎿  Compacted (ctrl+o to see full summary)"], False),
+    (["● Bash(false)", "  ⎿ \u00a0Error: Exit code 1"], False),
+]
+
+
+@pytest.mark.parametrize(("lines", "refused"), REFUSALS)
+def test_a_refusal_of_claude_code_is_told_from_a_tools_error(lines, refused):
+    assert bool(first_match(load("claude-code").profile.confirm.refused, "\n".join(lines))) is refused
 
 
 # The generic profiles on real programs
