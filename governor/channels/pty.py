@@ -147,7 +147,20 @@ class Renderer:
         except Exception as error:  # noqa: BLE001  of an emulator that is fed by the agent
             self._seen = b""
             raise ChannelError(f"its output cannot be rendered: {type(error).__name__}") from None
-        return down_to(self._screen.display, self._screen.cursor.y)
+        return down_to(self._lines(), self._screen.cursor.y)
+
+    def _lines(self) -> list[str]:
+        """As pyte's display, which trips over half a wide character that something else was written over."""
+        from wcwidth import wcwidth
+
+        rows, columns = self.size
+        lines = []
+        for row in range(rows):
+            cells = [self._screen.buffer[row][column].data for column in range(columns)]
+            wide = [bool(cell) and wcwidth(cell[0]) == 2 for cell in cells]
+            stubs = [False, *wide[:-1]]
+            lines.append("".join("" if stub else cell or " " for cell, stub in zip(cells, stubs, strict=True)))
+        return lines
 
     def _news(self, output: bytes) -> bytes | None:
         """What was added since the last look; None where that cannot be told."""
