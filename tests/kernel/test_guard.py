@@ -139,10 +139,13 @@ def test_the_bound_in_the_kernel_is_what_memory_stat_says(container, guard, tmp_
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "60")
     governor = guard(pod).ready()
     agent.go()
-    braked = governor.await_line("braked")
-    crossing = next(
-        line["record"] for line in governor.lines("crossing") if line["record"]["level"] >= record.LEVEL_BRAKE
-    )
+
+    def at_the_level():  # one before it came early: max was near in time
+        crossed = {line["record"]["ktime_ns"]: line["record"] for line in governor.lines("crossing")}
+        pairs = [(line, crossed[line["crossed_ns"]]) for line in governor.lines("braked")]
+        return next((pair for pair in pairs if pair[1]["level"] >= record.LEVEL_BRAKE), None)
+
+    braked, crossing = wait_for(at_the_level)
     in_kernel = crossing["bound_pages"] * record.PAGE_BYTES
     state = braked["state"]
     said = state["usage_bytes"] - state["file_lru_bytes"] - state["slab_reclaimable_bytes"]

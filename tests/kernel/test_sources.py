@@ -97,7 +97,8 @@ def test_a_level_that_bpf_missed_is_found(container, guard, tmp_path, loaded):
 
 def test_without_a_limit_what_the_machine_has_left_counts(container, guard, tmp_path):
     pod = container(0)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "300", "--total-mb", "65536")
+    machine_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "300", "--total-mb", str(machine_mib))
     governor = guard(pod).ready()
     assert "no limit anywhere" in governor.lines("protecting")[0]["limit"]
     agent.go()
