@@ -31,7 +31,8 @@ class AgentProcess:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        found = processes.read_process(self._meant(self._wanted_pid or self._leading_pid()))
+        pid, home = self._meant(self._wanted_pid or self._leading_pid())
+        found = processes.read_process(pid)
         stat = subtree.read_stat(found.pid) if found else None
         if not found or not stat or stat.state in "ZX":
             self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
@@ -40,17 +41,18 @@ class AgentProcess:
             self.pidfd = os.pidfd_open(found.pid)
         except OSError:
             return False
-        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
+        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home or home_of(found.pid)
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
 
-    def _meant(self, pid: int) -> int:
-        """Of a process and what it started the one that the profile means; itself where that is none of them."""
+    def _meant(self, pid: int) -> tuple[int, str]:
+        """Of a process and what it started the one that the profile means, and its home; itself if that is none."""
         if self._match and pid:
             with suppress(NoAgent):
-                return find_agent(self._match, pid).pid
-        return pid
+                agent = find_agent(self._match, pid)
+                return agent.pid, agent.home
+        return pid, ""
 
     def _leading_pid(self) -> int:
         if self._is_within:

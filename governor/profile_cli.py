@@ -11,6 +11,7 @@ import typer
 
 from governor import profile_file
 from governor.channels.terminal import ChannelError
+from governor.cli_common import fail
 from governor.journal import printable
 from governor.model import Tier
 from governor.policy_keys import flatten, written
@@ -76,9 +77,9 @@ def try_profile(
     Example: governor profile try claude-code --pid 4711 --tmux /tmp/tmux-1000/default:0
     """
     if tmux and control:
-        _fail("found --tmux and --control, expected one of them", 2)
+        fail(printable("found --tmux and --control, expected one of them"), 2)
     if tmux and not all(tmux.partition(":")):
-        _fail(f"found --tmux {tmux!r}, expected SOCKET:TARGET, such as /tmp/tmux-1000/default:0", 2)
+        fail(printable(f"found --tmux {tmux!r}, expected SOCKET:TARGET, such as /tmp/tmux-1000/default:0"), 2)
     loaded = _load(profile)
     channel = f"tmux:{tmux}" if tmux else f"pty:{os.path.abspath(control)}" if control else ""  # noqa: PTH100
     told = attempt(loaded.profile, pid, channel)
@@ -170,11 +171,6 @@ def _load(name_or_path: str) -> Loaded:
         for fault in error.faults:
             typer.echo(printable(fault.text(error.where)), err=True)
         raise typer.Exit(2) from None
-
-
-def _fail(text: str, status: int) -> None:
-    typer.echo(f"governor: {printable(text)}", err=True)
-    raise typer.Exit(status)
 
 
 def _out(text: object) -> None:

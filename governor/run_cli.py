@@ -8,11 +8,12 @@ import sys
 from fnmatch import fnmatchcase
 from json import dumps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from governor import cgroup, guard_options, instance, profile_file, run_memcg
+from governor.cli_common import fail
 from governor.guard_options import Wishes
 from governor.policy_keys import Unexpected, duration_ns, size_bytes
 
@@ -60,7 +61,7 @@ def run(
         grace_ns = _grace(grace)
         guard_options.check_policy(policy, "")
     except ValueError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     pid = os.getpid()  # an exec keeps it
     socket_path = _socket_path(pid)
     if wishes.profile and socket_path:
@@ -101,7 +102,7 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
     except ValueError as error:
         if made:
             run_memcg.remove(made)
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except OSError as error:
         return made, None, f"{error.filename or 'run-time files'}: {error.strerror or error}"
     locks = [guard_options.lock_name(memcg.cgroup_id), name]
@@ -174,8 +175,3 @@ def _added_by_python() -> list[str]:
 
 def _say(text: str) -> None:
     typer.echo(f"governor: {text}", err=True)
-
-
-def _fail(text: str, status: int) -> NoReturn:
-    _say(text)
-    raise typer.Exit(status)

@@ -48,7 +48,8 @@ def test_what_becomes_of_a_request(container, guard, tmp_path, how, ends):
 
 def test_the_socket_is_there_while_it_guards(container, guard):
     pod = container(128)
-    governor = guard(pod).ready()
+    governor = guard(pod)
+    governor.await_line("protecting")
     path = f"/run/governor/memcg-{os.stat(pod.path).st_ino}.sock"
     assert os.stat(path).st_mode & 0o777 == 0o666
     governor.stop()
