@@ -1,6 +1,7 @@
 """What is saved: growth at several rates, ungoverned, beside a plain poller, and governed by each source.
 
-And peaks that end by themselves: how many of them cost the agent or a tool its life.
+Bursts at full speed in every way there is, by each source. And peaks that end by themselves: how many of them cost
+the agent or a tool its life.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from benches.common import MIB, Agent, Governed, loaded, memcg, sources, table, 
 START_RATIO = 0.65  # below every level: what matters comes after
 LIMITS_MIB = (256, 1024)
 RATES_MB = (10, 20, 60, 200, 0)  # 0: as fast as the machine can
+BURSTS = ("touch", "huge", "read", "tmpfs", "threads", "processes", "populate")
+BURST_LIMITS_MIB = (64, 256)
 PEAKS = (0.93, 0.95, 0.97)
 PEAK_RATES_MB = (20, 0)
 POLLER = "15 s poller"
@@ -34,12 +37,19 @@ def govern(pod: Path, way: str, directory: Path) -> Governed:
     return Governed(pod, "--source", source, *options, source=source, archive=f"{directory}/*.jsonl")
 
 
-def growth(way: str, limit_mib: int, rate_mb: int, chance: random.Random) -> tuple[str, bool]:
+def growth(
+    way: str,
+    limit_mib: int,
+    rate_mb: int,
+    chance: random.Random,
+    burst: str = "touch",
+    start_ratio: float = START_RATIO,
+) -> tuple[str, bool]:
     """One run: what became of it, and whether the session was saved before the end."""
     with memcg("growth", limit_mib) as pod, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        start_mib = int(START_RATIO * limit_mib)
-        agent = Agent(pod, directory, "touch", "--start-mb", start_mib, "--rate-mb", rate_mb)
+        start_mib = int(start_ratio * limit_mib)
+        agent = Agent(pod, directory, burst, "--start-mb", start_mib, "--rate-mb", rate_mb)
         governed = None
         try:
             if way != "ungoverned":
@@ -47,17 +57,18 @@ def growth(way: str, limit_mib: int, rate_mb: int, chance: random.Random) -> tup
                 if way == POLLER:
                     time.sleep(chance.uniform(0, 15))  # growth begins at any moment of its interval
             agent.go(2 * limit_mib)
-            status = agent.process.wait()
+            lives = agent.hear() == "burst over"  # its tools are gone
+            status = None if lives else agent.process.wait()
             time.sleep(0.5)  # the journal tells of the end
             archived = governed.lines("archived")[:1] if governed else []
             deaths = governed.lines(*DEATHS)[:1] if governed else []
             first = bool(archived and deaths and archived[0]["monotonic_ns"] < deaths[0]["monotonic_ns"])
             events = (pod / "memory.events").read_text().split()
             kills = int(events[events.index("oom_kill") + 1])
-            exit_status = 128 - status if status < 0 else status
-            told = ["archived"] * first + ["handler ran"] * agent.saved + [f"exit {exit_status}"]
+            ended = "lives" if status is None else f"exit {128 - status if status < 0 else status}"
+            told = ["archived"] * first + ["handler ran"] * agent.saved + [ended]
             told += [f"{kills} oom_kill"] if kills else []
-            return ", ".join(told), first or agent.saved
+            return ", ".join(told), first or agent.saved or lives
         finally:
             agent.end()
             if governed:
@@ -114,6 +125,33 @@ def survival(quick: bool, only_mib: int = 0) -> None:
     finally:
         pins.unload(INSTANCE)
     print(f"{time.monotonic() - begun:.0f} s")
+
+
+def bursts(only_mib: int = 0) -> None:
+    """Every way to run out of memory at full speed, from nothing, by each source."""
+    from governor import pins
+
+    governing = sources()
+    print(f"{where()}; bursts at full speed\n", flush=True)
+    loaded(INSTANCE)
+    saved = dict.fromkeys(governing, 0)
+    rows: list[list[object]] = []
+    limits = (only_mib,) if only_mib else BURST_LIMITS_MIB
+    try:
+        for limit_mib in limits:
+            for burst in BURSTS:
+                row: list[object] = [limit_mib, burst]
+                for way in governing:
+                    told, kept = growth(way, limit_mib, 0, random.Random(1), burst, 0.0)
+                    saved[way] += kept
+                    row.append(told)
+                    print(f"  {limit_mib} MiB, {burst}, {way}: {told}", flush=True)
+                rows.append(row)
+        rows.append(["session saved", "", *(f"{saved[way]} of {len(limits) * len(BURSTS)}" for way in governing)])
+    finally:
+        pins.unload(INSTANCE)
+    print()
+    table(["max, MiB", "burst", *governing], rows)
 
 
 def peaks(only_mib: int = 0) -> None:
