@@ -9,7 +9,7 @@ from contextlib import suppress
 from governor import subtree
 from governor.actions import processes
 from governor.profile import Match
-from governor.profile_agent import NoAgent, find_agent
+from governor.profile_agent import Agent, NoAgent, find_agent
 from governor.session_files import Pattern, home_of, parse_pattern
 
 
@@ -25,14 +25,16 @@ class AgentProcess:
         self.pidfd = -1
         self._home = "/"
         self.uids: frozenset[int] = frozenset()  # who it runs as
+        self.known: Agent | None = None  # what a profile found
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
 
     def find(self) -> bool:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        pid, home = self._meant(self._wanted_pid or self._leading_pid())
-        found = processes.read_process(pid)
+        pid = self._wanted_pid or self._leading_pid()
+        self.known = self._meant(pid)
+        found = processes.read_process(self.known.pid if self.known else pid)
         stat = subtree.read_stat(found.pid) if found else None
         if not found or not stat or stat.state in "ZX":
             self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
@@ -41,18 +43,19 @@ class AgentProcess:
             self.pidfd = os.pidfd_open(found.pid)
         except OSError:
             return False
-        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home or home_of(found.pid)
+        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
+        if self.known:
+            self._home = self.known.home
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
 
-    def _meant(self, pid: int) -> tuple[int, str]:
-        """Of a process and what it started the one that the profile means, and its home; itself if that is none."""
+    def _meant(self, pid: int) -> Agent | None:
+        """Of a process and what it started the one that the profile means."""
         if self._match and pid:
             with suppress(NoAgent):
-                agent = find_agent(self._match, pid)
-                return agent.pid, agent.home
-        return pid, ""
+                return find_agent(self._match, pid)
+        return None
 
     def _leading_pid(self) -> int:
         if self._is_within:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import orjson
 
-from governor import archive, delivery, link, model, record, subtree, told
+from governor import archive, delivery, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
@@ -61,6 +61,7 @@ class Executor:
     ask: Callable[[Tier, str, int], bool]  # a subscriber to do something until then; False: there is none
     profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
     channel: str
+    resume_path: str
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
@@ -291,10 +292,21 @@ class Executor:
 
         deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
         self.start(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
+        self._resume(resume.TERMINATED, reason)  # while it lives: at its end it may forget its session
         sent = self.agent.ask_to_end()
         whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
         self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled(self.look()))
+
+    def _resume(self, how: str, why: str) -> None:
+        """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
+        profile, agent = self.profile, self.agent.known
+        if not (self.resume_path and profile and agent and (argv := resume.command(profile, agent))):
+            return
+        try:
+            resume.order(self.resume_path, how, why, argv)
+        except OSError as error:
+            self.note("not_resumed", f"the agent will not be resumed: {error}")
 
     def _within_reach(self) -> list[processes.Process]:
         """The whole memcg; where governor may not freeze that, the agent's own processes."""
@@ -320,10 +332,17 @@ class Executor:
         if state.phase is model.Phase.TERMINATING and self.policy.terminate.sweep:
             self._kill_all()
 
-    def archive_the_end(self, state: model.State) -> None:
-        """What the handler of a terminated agent wrote; the next agent's first archive is a full one."""
+    def archive_the_end(self, state: model.State, killed_by: str) -> None:
+        """What the handler of a terminated agent wrote, or what is left of one that the kernel killed.
+
+        `killed_by` says by which OOM kill, "" if it was none. The next agent's first archive is a full one.
+        """
         if state.phase is model.Phase.TERMINATING:
             self._archive("after the agent's end", state, is_last=True)
+        elif killed_by:
+            self.note("oom_killed", f"the agent (process {self.agent.pid}) was killed: {killed_by}")
+            self._archive(f"after the fact: {killed_by}", state, is_last=True)
+            self._resume(resume.OOM_KILLED, killed_by)
         self._full = self._full[0], ""
 
     def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:

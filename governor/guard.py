@@ -28,6 +28,7 @@ class Guard:
     compact_argv: list[str] = field(default_factory=list)
     profile: str = ""  # a profile's name or a file's path; "": none
     only_pid: bool = False  # agent_pid is the only agent there will be: whoever else is in the memcg is none
+    resume_path: str = ""  # where governor run looks for what to start after the agent's end; "": nothing is resumed
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
 
 

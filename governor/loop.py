@@ -29,6 +29,7 @@ from governor import (
     policy,
     poll_source,
     record,
+    resume,
     state_file,
     subtree,
 )
@@ -99,6 +100,7 @@ class Loop:
             ask=self._ask,
             profile=self._profile,
             channel=guard.channel,
+            resume_path=guard.resume_path,
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._subscribers = Subscribers(self._poller, self._hello)
@@ -115,6 +117,7 @@ class Loop:
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
+        self._kills = resume.kernel_kills(guard.cgroup)
         self._stopping = self._in_a_hurry = False
         self.status = 0  # to exit with
 
@@ -168,7 +171,7 @@ class Loop:
             return False
         if self._agent.pidfd < 0:
             return self._executor.children.has_work()
-        return self._state.phase is Phase.TERMINATING and bool(select.select([self._agent.pidfd], [], [], 0)[0])
+        return bool(select.select([self._agent.pidfd], [], [], 0)[0])
 
     def _interval_ns(self) -> int:
         signals, state = self._policy.signals, self._state
@@ -366,10 +369,17 @@ class Loop:
         self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=state.phase.value)
         self._executor.sweep(state)
         self._feed(model.AgentEnded())
-        self._executor.archive_the_end(state)
+        self._executor.archive_the_end(state, self._killed_by())
         self._agent.forget()
         self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
+
+    def _killed_by(self) -> str:
+        """Which kind of OOM kill came since the last sample; "" for none."""
+        here, everywhere = resume.kernel_kills(self._guard.cgroup)
+        if here > self._kills[0]:
+            return "the kernel's OOM killer, at the limit of its memcg"
+        return "the kernel's OOM killer, for want of memory on the machine" if everywhere > self._kills[1] else ""
 
     # Subscribers
 
@@ -408,6 +418,7 @@ class Loop:
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
+        self._kills = resume.kernel_kills(self._guard.cgroup)
         state = self._limits.memory_state(now_ns)
         if state is None:
             if not self._memcg.exists():

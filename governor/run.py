@@ -14,7 +14,7 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-from governor import run_start, subtree
+from governor import run_resume, run_start, subtree
 from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
 from governor.run_socket import ControlSocket
@@ -61,19 +61,38 @@ class Run:
         self._control: ControlSocket | None = None
 
     def run(self) -> int:
-        """Until the agent has ended and what it wrote is passed on; the status to exit with."""
-        options = self._options
+        """Until the agent has ended for good and what it wrote is passed on; the status to exit with."""
         self._catch_signals()
+        command, tries = self._options.command, run_resume.Tries()
         try:
-            self._agent, self._streams = run_start.start(
-                options.command, self._terminal, options.memcg, tuple(options.without)
-            )
+            while True:
+                tries.begin(time.monotonic_ns())
+                status = self._run(command)
+                order = run_resume.take((self._options.guard or {}).get("resume_path", ""), status)
+                if order is None or self._kill_at_ns is not None:
+                    return status
+                wait_ns = tries.wait_ns(time.monotonic_ns())
+                if wait_ns is None:
+                    say(f"{order.why}. It was resumed {tries.failures} times and did not last: not again")
+                    return status
+                say(f"{order.why}. Its session goes on in {wait_ns / 1e9:.1f} s: {' '.join(order.command)}")
+                if self._is_told_to_end(wait_ns):
+                    return status
+                self._let_go()
+                command = order.command
         except CannotStart as error:
             say(str(error))
-            self._remove_memcg()
             return error.status
+        finally:
+            self._close()
+
+    def _run(self, command: list[str]) -> int:
+        """One agent, from its start to its end; raises CannotStart."""
+        options = self._options
+        self._status, self._killed = None, False
+        self._agent, self._streams = run_start.start(command, self._terminal, options.memcg, tuple(options.without))
         try:
-            self._guard = GuardProcess(self._options.guard, self._agent.pid, self._log)
+            self._guard = GuardProcess(options.guard, self._agent.pid, self._log)
             self._listen()
             while self._goes_on():
                 try:
@@ -321,21 +340,44 @@ class Run:
             self._await_children(100)
         if self._control:
             self._control.close()
-        self._remove_memcg()
-        if self._log:
-            self._log.close()
+            self._control = None
         if self._guard.trouble and self._log:  # said there, but to nobody yet
             say(f"{self._guard.trouble}; see {self._log.path}")
 
-    def _await_children(self, for_ms: int) -> None:
+    def _is_told_to_end(self, wait_ns: int) -> bool:
+        """Wait for so long; whether somebody said meanwhile that this is the end."""
+        until_ns = time.monotonic_ns() + wait_ns
+        while (left_ns := until_ns - time.monotonic_ns()) > 0:
+            if self._await_children(left_ns // 1_000_000 + 1):
+                return True
+        return False
+
+    def _await_children(self, for_ms: int) -> bool:
+        """Reap for a while; whether a signal came that ends us."""
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         poller.poll(for_ms)
-        if self._read_signals() & _ENDING:
+        ends = bool(self._read_signals() & _ENDING)
+        if ends:
             self._guard.stop()
         self._reap()
         if self._log:
             self._log.drain()
+        return ends
+
+    def _let_go(self) -> None:
+        """The ends of an agent's streams that are ours, before another one gets its own."""
+        for flow in (self._streams.inward, self._streams.outward):
+            flow.close()
+        os.close(self._streams.master)
+        os.close(self._agent.pidfd)
+        if self._agent.stops_fd >= 0:
+            os.close(self._agent.stops_fd)
+
+    def _close(self) -> None:
+        self._remove_memcg()
+        if self._log:
+            self._log.close()
 
     def _remove_memcg(self) -> None:
         if self._options.memcg:

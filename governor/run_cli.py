@@ -106,7 +106,7 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
     except OSError as error:
         return made, None, f"{error.filename or 'run-time files'}: {error.strerror or error}"
     locks = [guard_options.lock_name(memcg.cgroup_id), name]
-    return made, guard | {"only_pid": True, "locks": locks}, ""
+    return made, guard | {"only_pid": True, "locks": locks, "resume_path": _resume_path()}, ""
 
 
 def _made(limit_bytes: int) -> str:
@@ -154,6 +154,13 @@ def _log_path(pid: int) -> str:
         if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
             path.unlink(missing_ok=True)
     return str(directory / f"run-{pid}.log")
+
+
+def _resume_path() -> str:
+    """Only a terminal goes on after an agent's end; of a pipe its reader has seen the end."""
+    if not os.isatty(0):
+        return ""
+    return str(instance.run_directory() / f"run-{os.getpid()}.resume")
 
 
 def _socket_path(pid: int) -> str:

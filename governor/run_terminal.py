@@ -28,6 +28,8 @@ class OuterTerminal:
 
     def make_inner(self) -> tuple[int, int]:
         """A terminal like it: both ends, the outer (non-blocking) and the agent's; raises OSError."""
+        if self._slave >= 0:
+            os.close(self._slave)  # an earlier agent's
         master, slave = pty.openpty()
         termios.tcsetattr(slave, termios.TCSANOW, self._saved)
         os.set_blocking(master, False)

@@ -51,7 +51,7 @@ _ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed"
 TOLD = frozenset(  # of the journal's kinds
     {
         *("warning", "braked", "thawed", "archived", "archive_failed", "shed", "told", "terminating", "killed"),
-        *("agent", "agent_ended", "nothing_left", "oom_kill", "veto", "stopping"),
+        *("agent", "agent_ended", "nothing_left", "oom_kill", "oom_killed", "veto", "stopping"),
     }
 )
 
