@@ -24,6 +24,7 @@ from governor.journal import printable
 from governor.policy_cli import policy_app
 from governor.profile_cli import profile_app
 from governor.run_cli import run
+from governor.run_streams import fill_standard_streams
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -336,9 +337,5 @@ def off() -> None:
 
 def main() -> None:
     """Entry point of the `governor` command."""
-    for fd in range(3):  # closed ones would be given to the next file that is opened
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open("/dev/null", os.O_RDWR)
+    fill_standard_streams()
     app()

@@ -18,7 +18,7 @@ from governor import run_resume, run_start, subtree
 from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
 from governor.run_socket import ControlSocket
-from governor.run_streams import say
+from governor.run_streams import fill_standard_streams, say
 from governor.run_terminal import OuterTerminal, stop_own_group
 
 _FORWARDED = (
@@ -435,4 +435,5 @@ def _forget(fd: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point: a JSON object with the fields of Options as the only argument."""
+    fill_standard_streams()
     return Run(Options(**json.loads(arguments[0]))).run()

@@ -30,6 +30,15 @@ def say(text: str) -> None:
         return
 
 
+def fill_standard_streams() -> None:
+    """Closed ones would be given to the next file that is opened."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # an exec would close it again
+
+
 class Sink:
     """A descriptor to write to, of whatever kind, that never blocks."""
 
