@@ -1,7 +1,7 @@
 """How an agent that governor or the kernel ended is brought back: what `governor run` is told to start next.
 
-The guard writes the order, `governor run` reads it once both the agent and the guard have ended. Where the profile knows
-no way to resume, or no session id could be read, there is no order, and nothing is started.
+The guard writes the order, `governor run` reads it once both the agent and the guard have ended. Where the profile
+knows no way to resume, or no session id could be read, there is no order, and nothing is started.
 """
 
 from __future__ import annotations

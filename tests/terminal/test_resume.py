@@ -1,0 +1,128 @@
+"""An agent that governor or the kernel ended goes on under the same session; one that ended by itself does not."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from desk import RUN, AtTerminal, wait_for
+
+from governor import run_memcg, run_resume
+
+FAKE = Path(__file__).parent.parent / "fakes" / "resumable.py"
+PROFILE = """
+[match]
+process = ["resumable.py"]
+[state_file]
+path = "{directory}/{{pid}}.json"
+session = "sessionId"
+start = "procStart"
+status = "status"
+idle = ["idle"]
+[signals]
+compact = "SIGUSR1"
+[session]
+globs = ["{directory}/*.jsonl"]
+resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
+"""
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """The agent at a terminal, in a memcg of 96 MiB."""
+    try:
+        run_memcg.remove(run_memcg.make(64 << 20))
+    except run_memcg.NoMemcg as error:
+        pytest.skip(str(error))
+    made = []
+
+    def start(*options):
+        profile = tmp_path / "profile.toml"
+        profile.write_text(PROFILE.format(directory=tmp_path, python=sys.executable, fake=FAKE))
+        words = [*RUN, "--profile", str(profile), "--memory-max", "96MiB", "--source", "poll", *options]
+        environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
+        made.append(AtTerminal(*words, "--", sys.executable, str(FAKE), str(tmp_path), environment=environment))
+        made[-1].await_output(b"agent> ")
+        wait_for(lambda: "protecting" in log_of(tmp_path))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def log_of(directory):
+    return "".join(path.read_text() for path in (directory / "state" / "governor").glob("run-*.log"))
+
+
+def turns(directory):
+    [transcript] = directory.glob("session-*.jsonl")
+    return [json.loads(line)["text"] for line in transcript.read_text().splitlines()]
+
+
+def session_of(output):
+    return re.search(rb"(session-\w+) begins", output)[1]
+
+
+def test_a_terminated_agent_goes_on_under_its_session(desk, tmp_path):
+    agent = desk()
+    session = session_of(agent.output)
+    agent.type(b"grow 200\r")
+    agent.await_output(session + b" goes on", 60)
+    assert re.search(rb"governor: .* Its session goes on in [0-9.]+ s: ", agent.output)
+    agent.await_output(b"agent> ")
+    assert turns(tmp_path)[0] == "began" and turns(tmp_path)[-1] == "resumed"
+    wait_for(lambda: log_of(tmp_path).count("protecting") == 2)
+    agent.type(b"exit 5\r")
+    assert agent.wait() == 5
+    assert not list(Path("/run/governor").glob("run-*.resume"))
+
+
+def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(desk, tmp_path):
+    (tmp_path / "policy.toml").write_text('extends = "dry-run"\ndry_run = false\n[brake]\nenabled = false\n')
+    agent = desk("--policy", str(tmp_path / "policy.toml"))
+    session = session_of(agent.output)
+    agent.type(b"fill 200\r")
+    agent.await_output(session + b" goes on", 60)
+    assert b"the kernel's OOM killer, at the limit of its memcg" in agent.output
+    wait_for(lambda: "after the fact" in log_of(tmp_path) or "archived 1" in log_of(tmp_path))
+    assert turns(tmp_path) == ["began", "resumed"]
+    agent.type(b"exit 0\r")
+    assert agent.wait() == 0
+
+
+@pytest.mark.parametrize("how", ["exit 0", "exit 3", "SIGKILL", "SIGTERM"])
+def test_an_agent_that_governor_and_kernel_did_not_end_is_not_brought_back(desk, tmp_path, how):
+    agent = desk()
+    if how.startswith("exit"):
+        agent.type(how.encode() + b"\r")
+    else:
+        [state] = tmp_path.glob("[0-9]*.json")
+        os.kill(int(state.stem), getattr(signal, how))
+    assert agent.wait() == {"exit 0": 0, "exit 3": 3, "SIGKILL": 137, "SIGTERM": 143}[how]
+    assert b"goes on" not in agent.output
+
+
+def test_after_four_tries_that_did_not_last_it_stays_ended():
+    tries, now_ns, waits = run_resume.Tries(), 0, []
+    while True:
+        tries.begin(now_ns)
+        now_ns += 10**9
+        waits.append(tries.wait_ns(now_ns))
+        if waits[-1] is None:
+            break
+    assert len(waits) == 5
+    assert all(0.5e9 * 4**i <= wait <= 1.5e9 * 4**i for i, wait in enumerate(waits[:3]))
+    tries.begin(now_ns)
+    assert tries.wait_ns(now_ns + 400 * 10**9) is not None  # it lasted
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b"{}", b'{"how": "terminated", "why": 1}', b"\xff", b'{"how": {}}'])
+def test_an_order_that_is_none_starts_nothing(tmp_path, said):
+    (tmp_path / "order").write_bytes(said)
+    assert run_resume.take(str(tmp_path / "order"), 143) is None
+    assert run_resume.take(str(tmp_path / "none"), 143) is None
+    assert run_resume.take("", 143) is None
