@@ -102,14 +102,14 @@ def test_what_a_killed_governor_left_is_swept():
 
 def test_the_bursting_tree_dies_frozen_and_the_agent_lives(container):
     pod = container(256)
-    tool = "import time; x = bytearray(b'x') * (80 << 20); time.sleep(600)"
+    tool = "import time; x = bytearray(b'x') * (80 << 20); print('full', flush=True); time.sleep(600)"
     shell = f'echo shell; {sys.executable} -c "{tool}" & wait'
     agent = f"import subprocess, time; subprocess.Popen(['sh', '-c', '''{shell}''']); time.sleep(600)"
     leader = pod.start(sys.executable, "-c", agent, stdout=subprocess.PIPE)
     looked = Attribution(str(pod.path), leader.pid)
     looked.look(0)
     assert leader.stdout.readline() == "shell\n"
-    wait_for(lambda: int(pod.read("memory.current")) > 80 * MIB)
+    assert leader.stdout.readline() == "full\n"
     pod.write("cgroup.freeze", 1)
     wait_for(lambda: "frozen 1" in pod.read("cgroup.events"))
     grown = looked.growth(2 * SECOND, 0, SECOND)
