@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -12,12 +13,25 @@ from governor.profile import Match
 from governor.profile_agent import Agent, NoAgent, find_agent
 from governor.session_files import Pattern, home_of, parse_pattern
 
+_STARTING_S = 10.0
+
 
 class AgentProcess:
     """The agent of one memcg; pid 0 and pidfd -1 while there is none."""
 
-    def __init__(self, cgroup: str, wanted_pid: int = 0, is_within: bool = False, match: Match | None = None) -> None:
-        """`is_within`: governor itself is in that memcg, and not its agent. `match`: which of that tree it is."""
+    def __init__(
+        self,
+        cgroup: str,
+        wanted_pid: int = 0,
+        is_within: bool = False,
+        match: Match | None = None,
+        only_wanted: bool = False,
+    ) -> None:
+        """`is_within`: governor itself is in that memcg, and not its agent. `match`: which of that tree it is.
+
+        `only_wanted`: after `wanted_pid` nobody else of the memcg is taken for the agent.
+        """
+        self._only_wanted = only_wanted
         self._cgroup, self._is_within = cgroup, is_within
         self._wanted_pid = wanted_pid
         self._match = match
@@ -34,10 +48,13 @@ class AgentProcess:
             return False
         pid = self._wanted_pid or self._leading_pid()
         self.known = self._meant(pid)
+        if self._may_still_come(pid):
+            return False
         found = processes.read_process(self.known.pid if self.known else pid)
         stat = subtree.read_stat(found.pid) if found else None
         if not found or not stat or stat.state in "ZX":
-            self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
+            if not self._only_wanted:
+                self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
             return False
         try:
             self.pidfd = os.pidfd_open(found.pid)
@@ -56,6 +73,14 @@ class AgentProcess:
             with suppress(NoAgent):
                 return find_agent(self._match, pid)
         return None
+
+    def _may_still_come(self, pid: int) -> bool:
+        """Whether what the profile means is not there yet, but what starts it has run for moments only."""
+        if not self._match or not self._match.process or not (stat := subtree.read_stat(pid)):
+            return False
+        is_whole = self.known is not None and not (self._match.wrapped and self.known.pid == pid)
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_ticks / os.sysconf("SC_CLK_TCK")
+        return not is_whole and age_s < _STARTING_S
 
     def _leading_pid(self) -> int:
         if self._is_within:
@@ -87,6 +112,8 @@ class AgentProcess:
         """It ended."""
         with suppress(OSError):
             os.close(self.pidfd)
-        self.pid = self.start_ticks = self._wanted_pid = 0
+        self.pid = self.start_ticks = 0
+        if not self._only_wanted:
+            self._wanted_pid = 0
         self.pidfd = -1
         self._patterns = {}

@@ -272,7 +272,7 @@ def why(
 
     if target and not Path(target).is_dir():
         fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
-    path = os.path.realpath(target) if target else cgroup.memcg_of("self")
+    path = os.path.realpath(target) if target else cgroup.memcg_of("self") or cgroup.memcg_of("self", v1=True)
     for place in (path, *limits.ancestors(path)) if path else ():
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116

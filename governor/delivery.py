@@ -75,6 +75,8 @@ def open_terminal(channel: str, agent: Agent) -> Terminal | None:
     if kind == "tmux" and ":" in where:
         from governor.channels.tmux import TmuxTerminal
 
+        if not _is_in_our_namespaces(agent.pid):
+            raise ChannelError("the agent is in a container: its tmux is not reached from outside")
         stat = read_stat(agent.pid)
         socket, _, target = where.partition(":")
         return TmuxTerminal(socket, target, agent.uid, stat.terminal if stat else 0)
@@ -122,6 +124,16 @@ def _signal(name: str, agent: Agent) -> Outcome:
     finally:
         os.close(pidfd)
     return Outcome(Status.DELIVERED, f"{name} sent") if ended.ok else Outcome(Status.FAILED, ended.output.decode())
+
+
+def _is_in_our_namespaces(pid: int) -> bool:
+    try:
+        return all(
+            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
+            for kind in ("mnt", "user", "pid")
+        )
+    except OSError:
+        return False
 
 
 def _ancestors(pid: int) -> list[int]:

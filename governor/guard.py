@@ -43,6 +43,8 @@ def read_policy(guard: Guard, profile: Profile | None) -> Policy:
     Raises PolicyError or OSError.
     """
     wanted = policy_file.load(guard.policy).policy
+    if guard.compact_argv:
+        wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
     if profile:
         globs = tuple(dict.fromkeys((*wanted.archive.globs, *profile.session.globs)))
         wanted = replace(
@@ -53,17 +55,14 @@ def read_policy(guard: Guard, profile: Profile | None) -> Policy:
         )
     if guard.archive_globs:
         wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
-    if guard.compact_argv:
-        wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
     if guard.source:
         wanted = replace(wanted, signals=replace(wanted.signals, source=Source(guard.source)))
     return wanted
 
 
 def _known(delivery: Delivery, profile: Profile, tier: Tier, prior: Efficacy) -> Delivery:
-    """What the policy leaves open, as the profile has it."""
-    if delivery.efficacy is Efficacy.UNKNOWN:
-        delivery = replace(delivery, efficacy=prior)
-    if delivery.exec or delivery.signal or profile.text(tier):
+    """What the policy leaves open, as the profile has it; what it knows of its own ways says nothing of others."""
+    if delivery.exec or delivery.signal:
         return delivery
-    return replace(delivery, signal=profile.signal(tier))
+    efficacy = prior if delivery.efficacy is Efficacy.UNKNOWN else delivery.efficacy
+    return replace(delivery, efficacy=efficacy, signal="" if profile.text(tier) else profile.signal(tier))

@@ -32,7 +32,12 @@ def run_directory() -> Path:
 def state_directory() -> Path:
     """The directory of journals and archives; not made here."""
     base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "governor"
+    if not base:
+        try:
+            base = str(Path.home() / ".local" / "state")
+        except RuntimeError as error:
+            raise OSError(f"{error}; set HOME or XDG_STATE_HOME") from None
+    return Path(base) / "governor"
 
 
 def lock(name: str) -> int:

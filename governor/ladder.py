@@ -299,8 +299,8 @@ def _running(state: State, now_ns: int) -> State:
     if state.held and state.held.frozen and (span_ns := since(state.held_ns, now_ns)) < tiers.FOREVER_NS:
         state = replace(
             state,
-            compact=tiers.shifted(state.compact, span_ns),
-            clear=tiers.shifted(state.clear, span_ns),
+            compact=tiers.shifted(state.compact, span_ns, now_ns),
+            clear=tiers.shifted(state.clear, span_ns, now_ns),
         )
     return replace(state, phase=Phase.PROBATION, probation_ns=now_ns, shed_ns=None)
 

@@ -80,7 +80,7 @@ class Loop:
         self._poller = select.poll()
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
         match = self._profile.match if self._profile else None
-        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match)
+        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid)
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
         archives = Path(guard.archive_directory)
@@ -118,6 +118,7 @@ class Loop:
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
         self._kills = resume.kernel_kills(guard.cgroup)
+        self._remembers = False  # before, nothing may be saved over what an earlier governor knew
         self._stopping = self._in_a_hurry = False
         self.status = 0  # to exit with
 
@@ -368,6 +369,7 @@ class Loop:
         pid, state = self._agent.pid, self._state
         self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=state.phase.value)
         self._executor.sweep(state)
+        self._subscribers.drop_requests()
         self._feed(model.AgentEnded())
         self._executor.archive_the_end(state, self._killed_by())
         self._agent.forget()
@@ -398,6 +400,8 @@ class Loop:
 
     def _reachable(self) -> None:
         """Tell the ladder what the agent can be asked for: by a subscriber, or by what its profile says to type."""
+        if not self._remembers:
+            return
         by_typing = {tier for tier in model.Tier if self._executor.types(tier)}
         can = self._subscribers.can | (by_typing if self._agent.pid else set())
         for tier, known in ((model.Tier.COMPACT, self._state.compact), (model.Tier.CLEAR, self._state.clear)):
@@ -414,7 +418,8 @@ class Loop:
         if saved:
             same_agent = saved.agent == self._agent.identity
             self._state = ladder.resumed(saved.state, same_agent, _now_ns())
-            self._reachable()
+        self._remembers = True
+        self._reachable()
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns

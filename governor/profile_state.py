@@ -123,7 +123,10 @@ def read_screen(profile: Profile, lines: list[str]) -> tuple[Found, str | None, 
         for prompt in re.finditer(screen.prompt, text, re.MULTILINE):  # noqa: B007  the last one counts
             pass
     draft = None if prompt is None else _draft(prompt["draft"] or "", screen.placeholder)
-    beside = text[prompt.end() :] if prompt else text  # what scrolled by above an input asks nothing any more
+    beside = text  # what scrolled by above an input asks nothing any more, unless it stands right above
+    if prompt:
+        above = "" if profile.state_file.path else text[: prompt.start()].rstrip("\n").rpartition("\n")[2]
+        beside = f"{above}\n{text[prompt.end() :]}"
     for state, expressions, where in (
         (State.WAITING, screen.waiting, beside),
         (State.SHELL, screen.shell, beside),

@@ -144,6 +144,10 @@ class Subscribers:
         self._say(asked, "request", request)  # where that fails, on_answer has heard of it
         return True
 
+    def drop_requests(self) -> None:
+        """The agent has ended: what it was asked is nobody's any more."""
+        self._requests.clear()
+
     def prolong(self, by_ns: int) -> None:
         """The target was frozen for so long: deadlines stood still."""
         for request in self._requests.values():
@@ -185,6 +189,8 @@ class Subscribers:
         try:
             self._flush(subscriber)
         except OSError:
+            with suppress(OSError, EOFError, _Garbled):  # an acknowledgement that it sent before it left
+                self._hear(subscriber)
             self._drop(subscriber)
 
     def _flush(self, subscriber: _Subscriber) -> None:
@@ -217,12 +223,17 @@ class Subscribers:
             said = orjson.loads(line)
             if said["type"] == "subscribe":
                 subscriber.can = frozenset(Tier(what) for what in said["can"])
+                fd = subscriber.connection.fileno()
+                self._subscribers[fd] = self._subscribers.pop(fd)  # the last to say so is asked
                 self.on_change()
             elif said["type"] == "ack":
-                self._acknowledged(subscriber, said["id"], _ANSWERS[said["status"]], str(said.get("reason", "")))
+                reason = said.get("reason", "")
+                if not isinstance(reason, str):
+                    raise _Garbled
+                self._acknowledged(subscriber, said["id"], _ANSWERS[said["status"]], reason)
             else:
                 raise _Garbled
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _Garbled from error
 
     def _acknowledged(self, subscriber: _Subscriber, number: int, status: Status, reason: str) -> None:

@@ -19,6 +19,7 @@ class Stat(NamedTuple):
     parent_pid: int
     start_ticks: int
     state: str  # one letter; T: stopped, t: traced, Z: ended
+    comm: bytes = b""
 
     @property
     def stopped(self) -> bool:
@@ -28,10 +29,11 @@ class Stat(NamedTuple):
 
 def parse_stat(pid: int, data: bytes) -> Stat | None:
     """A line of /proc/PID/stat; the name in it may hold anything. None for what is none."""
-    fields = data.rpartition(b")")[2].split()
+    head, _, tail = data.rpartition(b")")
+    fields = tail.split()
     if len(fields) < 20:
         return None
-    return Stat(pid, int(fields[1]), int(fields[19]), fields[0].decode())
+    return Stat(pid, int(fields[1]), int(fields[19]), fields[0].decode(), head.partition(b"(")[2])
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -83,7 +85,8 @@ def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
     """The oldest process of a memcg, without those that are not to be touched; None when there is no other."""
     found = _read(set(memcg_pids(memcg_path)))
     untouchable = _untouchable(found, governor_pid)
-    others = [stat for stat in found.values() if stat.pid not in untouchable and stat.state not in "ZX"]
+    running = [stat for stat in found.values() if stat.state not in "ZX" and stat.comm != b"governor-run"]
+    others = [stat for stat in running if stat.pid not in untouchable]
     return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
 
 

@@ -50,7 +50,7 @@ def advanced(tier: TierState, delivery: Delivery, now_ns: int) -> TierState:
     age_ns = since(tier.began_ns, now_ns)
     if tier.status is Status.DEFERRED and age_ns >= delivery.deadline_ns:
         return replace(tier, status=Status.EXPIRED, at_ns=now_ns)
-    if tier.status is Status.RUNNING and age_ns >= delivery.deadline_ns + _LOST_NS:
+    if tier.status is Status.RUNNING and since(tier.tried_ns, now_ns) >= delivery.deadline_ns + _LOST_NS:
         return replace(tier, status=Status.FAILED, at_ns=now_ns)
     return tier
 
@@ -140,12 +140,14 @@ def disturbed(tier: TierState) -> TierState:
     return replace(tier, isolated=False)
 
 
-def shifted(tier: TierState, by_ns: int) -> TierState:
-    """The target was frozen for so long: deadlines and settle time stood still."""
+def shifted(tier: TierState, by_ns: int, now_ns: int) -> TierState:
+    """The target was frozen for so long: deadlines and settle time stood still. No stamp gets ahead of `now_ns`."""
     if tier.status not in UNDER_WAY and tier.status is not Status.DELIVERED:
         return tier
     stamps = (tier.began_ns, tier.tried_ns, tier.at_ns)
-    began_ns, tried_ns, at_ns = (None if stamp is None else stamp + by_ns for stamp in stamps)
+    began_ns, tried_ns, at_ns = (
+        None if stamp is None else min(stamp + by_ns, max(stamp, now_ns)) for stamp in stamps
+    )
     return replace(tier, began_ns=began_ns, tried_ns=tried_ns, at_ns=at_ns)
 
 

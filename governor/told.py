@@ -47,7 +47,7 @@ def write(cgroup_id: int, text: str) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with os.fdopen(fd, "w") as file:
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write("".join(f"{notice}\n" for notice in notices[-_KEEP:]))
     beside.chmod(0o644)  # whatever the umask says
     path.parent.chmod(0o711)  # and they must get there
@@ -57,7 +57,7 @@ def write(cgroup_id: int, text: str) -> None:
 def read(cgroup_id: int, directory: Path) -> list[str]:
     """The notices, oldest first; none where there is no file."""
     try:
-        with path_for(cgroup_id, directory).open(errors="replace") as file:
+        with path_for(cgroup_id, directory).open(encoding="utf-8", errors="replace") as file:
             return file.read(_LIMIT_BYTES).splitlines()
     except OSError:
         return []

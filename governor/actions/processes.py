@@ -16,7 +16,7 @@ from governor.subtree import memcg_pids
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 # Start one program and wait for it: SIGTERM is for what they started.
 WRAPPERS = {
-    *("sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
+    *("governor-run", "sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
     *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
 }
 _KILL_ROUNDS = 8

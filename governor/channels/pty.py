@@ -25,7 +25,6 @@ CALL_S = 2.0
 _ANSWER_LIMIT_BYTES = 1 << 20
 _OUTPUT_LIMIT_BYTES = 256 << 10
 _SIZE_LIMIT = 500
-_PIPE_SIZE = (100, _SIZE_LIMIT)  # of an agent that has no terminal
 _OVERLAP_BYTES = 16 << 10
 _REASON_LIMIT = 200
 _RENDER_S = 10.0  # of CPU time; 256 KiB of usual output take about half a second
@@ -76,9 +75,8 @@ class PtyTerminal:
             data = b64decode(output, validate=True)[-_OUTPUT_LIMIT_BYTES:]
         except ValueError:
             raise ChannelError("governor run told an output that is no base64") from None
-        if rows <= 0 or columns <= 0:
-            rows, columns = _PIPE_SIZE
-            data = re.sub(rb"\r?\n", b"\r\n", data)  # no terminal has done it
+        if rows <= 0 or columns <= 0:  # what is typed would not be seen to stand in any input
+            raise ChannelError("the agent has pipes and no terminal")
         return min(rows, _SIZE_LIMIT), min(columns, _SIZE_LIMIT), data
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:

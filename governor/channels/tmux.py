@@ -1,9 +1,10 @@
 """The terminal of a tmux pane, by the server's socket and the pane.
 
 The server is the agent's: hostile. It may ask the client to run programs and to open files, and is handed the
-client's environment. So the client runs as the user that owns the socket, who may only be the agent's, ours or root;
-with no configuration file, a bare environment, nothing on standard input, at most CALL_S and 4 MiB for each call. The
-pane must be the agent's terminal: a target that names another's is refused.
+client's environment and terminal. So the client runs as the agent's user, whoever owns the socket, in a session
+without a terminal, with no configuration file, a bare environment, nothing on standard input, at most CALL_S and
+4 MiB for each call. The pane must be the agent's terminal: a target that names another's is refused. Agents in other
+namespaces than ours are not for this channel: the client would run outside of theirs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class TmuxTerminal:
     def type(self, keys: bytes) -> None:
         """Leave copy mode if need be, then send the bytes as they are; raises ChannelError."""
         pane = self._own_pane()
-        if self._tmux("display-message", "-p", "-t", pane, "#{pane_in_mode}").strip() != "0":
+        modes = self._tmux("display-message", "-p", "-t", pane, "#{pane_in_mode} #{pane_synchronized}").split()
+        if modes[1:] == ["1"]:
+            raise ChannelError("what is typed in this pane goes to others as well (synchronize-panes)")
+        if modes[:1] != ["0"]:
             self._tmux("send-keys", "-t", pane, "-X", "cancel")
         for text, is_plain in _runs(keys):
             if is_plain:
@@ -75,7 +79,8 @@ class TmuxTerminal:
 
     def _tmux(self, *arguments: str) -> str:
         """What a tmux command prints; raises ChannelError."""
-        uid = self._owner()
+        self._check_socket()
+        uid = self._agent_uid
         become: dict[str, object] = {}
         if os.geteuid() == 0 and uid != 0:
             become = {"user": uid, "group": _group(uid), "extra_groups": []}
@@ -89,6 +94,7 @@ class TmuxTerminal:
                 stderr=subprocess.PIPE,
                 env=environment,
                 cwd="/",
+                start_new_session=True,  # our terminal would be its to type in
                 **become,
             )
         except FileNotFoundError:
@@ -108,17 +114,16 @@ class TmuxTerminal:
             raise ChannelError(f"tmux: {printable(said) or f'status {status}'}")
         return output.decode(errors="replace")
 
-    def _owner(self) -> int:
-        """Who owns the socket; raises ChannelError where that is none of those whom we talk to."""
+    def _check_socket(self) -> None:
+        """Raises ChannelError where there is no socket of the agent's user: for its text, not for safety."""
         try:
             status = os.lstat(self._socket)  # a link could lead to another's
         except OSError as error:
             raise ChannelError(f"no tmux server at {printable(self._socket)}: {error.strerror}") from None
         if not stat.S_ISSOCK(status.st_mode):
             raise ChannelError(f"{printable(self._socket)} is no socket")
-        if status.st_uid not in (0, self._agent_uid, os.geteuid()):
+        if status.st_uid != self._agent_uid:
             raise ChannelError(f"{printable(self._socket)} belongs to another user ({status.st_uid})")
-        return status.st_uid
 
 
 def _bounded(client: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

@@ -37,7 +37,7 @@ class Desk:
                 break
         return self.shown.decode(errors="replace")
 
-    def shows(self, text, seconds=60):
+    def shows(self, text, seconds=120):
         wait_for(lambda: text in self.look(), seconds, f"{text!r} on the terminal")
 
     def type(self, text):

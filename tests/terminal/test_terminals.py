@@ -166,13 +166,14 @@ def test_an_answer_that_is_none_is_a_reason(tmp_path, answer, why):
     assert str(raised.value).isprintable()
 
 
-def test_a_window_without_end_or_of_no_size_is_rendered_in_bounds(tmp_path):
+def test_a_window_without_end_is_rendered_in_bounds_and_pipes_are_no_terminal(tmp_path):
     answering(tmp_path / "s", told(rows=10**9, columns=10**9))
     terminal = PtyTerminal(str(tmp_path / "s"), [7])
     assert terminal.screen() == ["> hi"]
     assert terminal._renderer.size == (500, 500)
-    answering(tmp_path / "t", told(rows=0, columns=0, output=base64.b64encode(b"a\nb").decode()))
-    assert PtyTerminal(str(tmp_path / "t"), [7]).screen() == ["a", "b"]
+    answering(tmp_path / "t", told(rows=0, columns=0))
+    with pytest.raises(ChannelError, match="pipes and no terminal"):
+        PtyTerminal(str(tmp_path / "t"), [7]).screen()
 
 
 def test_who_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):

@@ -344,7 +344,7 @@ def test_a_line_that_is_none(data):
 
 def test_a_name_may_hold_anything():
     stat = subtree.parse_stat(7, b"7 (a) T 1 (b) S 4 " + b"0 " * 17 + b"99 0 0\n")
-    assert stat == subtree.Stat(7, 4, 99, "S")
+    assert stat == subtree.Stat(7, 4, 99, "S", b"a) T 1 (b")
 
 
 def test_a_memcg_that_may_be_frozen_is(tmp_path, family):

@@ -117,6 +117,16 @@ def test_the_last_who_can_is_asked_and_nobody_else_may_answer(served):
     assert served.answers == [(Tier.CLEAR, Status.DEFERRED, "in a turn")]
 
 
+def test_who_leaves_after_its_acknowledgement_has_done_it(served):
+    agent = served.connect("compact")
+    assert served.ask()
+    agent.sendall(json.dumps({"type": "ack", "id": lines(agent)[-1]["id"], "status": "delivered"}).encode() + b"\n")
+    agent.close()
+    served.subscribers.tell("event", kind="braked", text="held")
+    served.turn()
+    assert [answer[:2] for answer in served.answers] == [(Tier.COMPACT, Status.DELIVERED)]
+
+
 def test_who_says_nothing_in_time_or_leaves_has_failed(served):
     slow, gone = served.connect("clear"), served.connect("compact")
     assert served.ask() and served.ask(Tier.CLEAR)
@@ -145,6 +155,8 @@ def test_who_says_nothing_in_time_or_leaves_has_failed(served):
         b'{"type": "subscribe", "can": [[]]}\n',
         b'{"type": "ack", "id": 1, "status": "done"}\n',
         b'{"type": "kill"}\n',
+        b'{"type": "ack", "id": 1, "status": "failed", "reason": ' + b"[" * 1000 + b"]" * 1000 + b"}\n",
+        b'{"type": "subscribe", "can": [' + b"[" * 1000 + b"]" * 1000 + b"]}\n",
         b'{"type": "ack", "id": [], "status": {}}\n',
         b"x" * (40 << 10),
         b"[" * 10_000 + b"\n",
