@@ -46,12 +46,12 @@ class OuterTerminal:
             return  # hung up
 
     def size(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Rows and columns; what programs assume where it does not say: a serial console, or before a first resize."""
         try:
             found = os.get_terminal_size(0)
         except OSError:
             return 0, 0
-        return found.lines, found.columns
+        return found.lines or 24, found.columns or 80
 
     @property
     def is_foreground(self) -> bool:

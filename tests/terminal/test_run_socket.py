@@ -48,6 +48,14 @@ def output(path):
     return base64.b64decode(answer["output"])
 
 
+def test_a_terminal_that_does_not_say_its_size_is_none_of_pipes(tmp_path):
+    agent = AtTerminal(*resident("cat", socket_path=str(tmp_path / "socket")), rows=0, columns=0)
+    wait_for((tmp_path / "socket").exists)
+    [shown] = ask(tmp_path / "socket", {"ask": "terminal"})
+    agent.close()
+    assert (shown["rows"], shown["columns"]) == (24, 80)
+
+
 @pytest.mark.parametrize("kind", ["terminal", "pipes"])
 def test_what_is_typed_arrives_and_what_is_shown_is_told(started, tmp_path, kind):
     started(kind, "cat")
