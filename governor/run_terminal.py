@@ -46,7 +46,7 @@ class OuterTerminal:
             return  # hung up
 
     def size(self) -> tuple[int, int]:
-        """Rows and columns; what programs assume where it does not say: a serial console, or before a first resize."""
+        """Rows and columns; what programs assume where it does not say: a serial console, or before a resize."""
         try:
             found = os.get_terminal_size(0)
         except OSError:
