@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
+
+from governor.journal import printable
+from governor.toml_file import FileError
+
+Loaded = TypeVar("Loaded")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -12,6 +18,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def out(text: str) -> None:
     """A line on standard output."""
     typer.echo(text)
+
+
+def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
+    """What a policy or a profile is read into; every fault of it is said, and the exit status is 2."""
+    try:
+        return load(name_or_path)
+    except FileError as error:
+        for fault in error.faults:
+            typer.echo(printable(fault.text(error.where)), err=True)
+        raise typer.Exit(2) from None
 
 
 def fail(text: str, status: int = 1) -> NoReturn:

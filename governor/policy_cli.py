@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from governor import policy_file
+from governor.cli_common import load_or_exit
 from governor.journal import printable
-from governor.policy_file import Loaded, PolicyError
+from governor.policy_file import Loaded
 from governor.policy_keys import KEYS, flatten, written
 
 policy_app = typer.Typer(help="Check, show and list policies.", no_args_is_help=True)
@@ -73,12 +74,7 @@ def _line(assignment: str, source: str) -> str:
 
 
 def _load(name_or_path: str) -> Loaded:
-    try:
-        return policy_file.load(name_or_path)
-    except PolicyError as error:
-        for fault in error.faults:
-            typer.echo(printable(fault.text(error.where)), err=True)
-        raise typer.Exit(2) from None
+    return load_or_exit(policy_file.load, name_or_path)
 
 
 def _out(text: str) -> None:

@@ -11,12 +11,12 @@ import typer
 
 from governor import profile_file
 from governor.channels.terminal import ChannelError
-from governor.cli_common import fail
+from governor.cli_common import fail, load_or_exit
 from governor.journal import printable
 from governor.model import Tier
 from governor.policy_keys import flatten, written
 from governor.profile import Profile
-from governor.profile_file import KEYS, Loaded, ProfileError
+from governor.profile_file import KEYS, Loaded
 
 profile_app = typer.Typer(help="List, show, check and try profiles of agents.", no_args_is_help=True)
 
@@ -165,12 +165,7 @@ def as_toml(loaded: Loaded) -> list[str]:
 
 
 def _load(name_or_path: str) -> Loaded:
-    try:
-        return profile_file.load(name_or_path)
-    except ProfileError as error:
-        for fault in error.faults:
-            typer.echo(printable(fault.text(error.where)), err=True)
-        raise typer.Exit(2) from None
+    return load_or_exit(profile_file.load, name_or_path)
 
 
 def _out(text: object) -> None:

@@ -8,12 +8,11 @@ hands down memory (the root), else beside it. v1 has no such rule.
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from governor import cgroup
-from governor.actions.processes import kill_memcg
+from governor.actions.processes import remove_memcg
 
 _PREFIX = "governor-run-"
 _REMOVE_S = 1.0
@@ -65,17 +64,7 @@ def make(limit_bytes: int) -> str:
 
 def remove(path: str) -> bool:
     """SIGKILL to all that is in it, and remove it; False where something does not die within a second."""
-    until = time.monotonic() + _REMOVE_S
-    while True:
-        kill_memcg(path)
-        for directory, _, _ in os.walk(path, topdown=False):
-            with suppress(OSError):
-                Path(directory).rmdir()
-        if not Path(path).exists():
-            return True
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.01)
+    return remove_memcg(path, _REMOVE_S)
 
 
 def _own_paths() -> list[tuple[str, bool]]:

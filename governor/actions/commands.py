@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from governor import cgroup
-from governor.actions.processes import kill_memcg, read_process, send_by_pidfd, signal_masks
+from governor.actions.processes import read_process, remove_memcg, send_by_pidfd, signal_masks
 from governor.children import Child, Ended, spawn
 
 MEMORY_MAX_BYTES = 64 << 20
@@ -40,7 +39,7 @@ class Commands:
         self, argv: tuple[str, ...], environment: dict[str, str], deadline_ns: int, what: str
     ) -> tuple[Child, str]:
         """Start a command; the child and, where it has no memcg of its own, why not. Raises OSError: no child."""
-        self._left = [path for path in self._left if not _remove(path, 0)]
+        self._left = [path for path in self._left if not remove_memcg(path, 0)]
         path, why_not = self._make()
 
         def prepare() -> bytes:
@@ -65,7 +64,7 @@ class Commands:
     def sweep(self) -> list[str]:
         """Remove what commands of a killed governor left running; the memcgs removed."""
         found = [str(path) for parent in self._parents for path in Path(parent).glob(f"{_PREFIX}*")]
-        return [path for path in found if _abandoned(path) and _remove(path, _REMOVE_S)]
+        return [path for path in found if _abandoned(path) and remove_memcg(path, _REMOVE_S)]
 
     def _make(self) -> tuple[str, str]:
         """A new memcg, or "" and why there is none."""
@@ -97,7 +96,7 @@ class Commands:
         return clean_up
 
     def _remove(self, path: str) -> None:
-        if path and not _remove(path, _REMOVE_S):
+        if path and not remove_memcg(path, _REMOVE_S):
             self._left.append(path)
 
 
@@ -154,18 +153,3 @@ def _abandoned(path: str) -> bool:
         return False
     owner = read_process(int(pid))
     return owner is None or owner.start_ticks != int(start)
-
-
-def _remove(path: str, within_s: float) -> bool:
-    """Kill what is in a memcg of ours and remove it; False where something does not die in time."""
-    until = time.monotonic() + within_s
-    while True:
-        kill_memcg(path)
-        for directory, _, _ in os.walk(path, topdown=False):
-            with suppress(OSError):
-                Path(directory).rmdir()
-        if not Path(path).exists():
-            return True
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.002)

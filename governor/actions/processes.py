@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -172,6 +173,21 @@ def kill_memcg(path: str, directory_fd: int = -1) -> None:
     except OSError:
         for pid in memcg_pids(where):
             send(pid, signal.SIGKILL)
+
+
+def remove_memcg(path: str, within_s: float) -> bool:
+    """Kill what is in a memcg of ours and remove it; False where something does not die in time."""
+    until = time.monotonic() + within_s
+    while True:
+        kill_memcg(path)
+        for directory, _, _ in os.walk(path, topdown=False):
+            with suppress(OSError):
+                Path(directory).rmdir()
+        if not Path(path).exists():
+            return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.002)
 
 
 def kill_tree(
