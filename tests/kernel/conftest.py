@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from governor import cgroup, instance, pins, probe
+from governor import cgroup, cli, instance, pins, probe
 from governor.brake import KnobFile
 
 AGENT = Path(__file__).parent.parent / "fakes" / "agent.py"
@@ -116,19 +116,37 @@ def container():
 class Guard:
     """`governor guard`, as a user starts it."""
 
-    def __init__(self, tmp_path, target, *options, loaded=True, wrap=(), environment=None):
+    def __init__(self, tmp_path, target, *options, loaded=True, wrap=(), environment=None, forked=True):
         self.directory = tmp_path / "archives"
         self.journal_path = tmp_path / "journal.ndjson"
         self.log_path = tmp_path / "guard.log"
         command = [*wrap, "governor", "guard", "--cgroup", target.path, "--archive", f"{tmp_path}/*.jsonl"]
         command += ["--archive-dir", self.directory, "--journal", self.journal_path]
         command += ["--instance", INSTANCE] if loaded else []
+        argv = [str(c) for c in (*command, *options)]
+        environment = {**os.environ, **(environment or {})}
+
+        def command_line():
+            """As the new process does it; to start Python and import typer anew takes seconds under emulation."""
+            os.environ.update(environment)
+            sys.argv, sys.stdout, sys.stderr = argv, os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = 1
+            try:
+                cli.main()  # becomes the guard by exec
+            except SystemExit as ended:
+                status = ended.code
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status or 0)
+
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(c) for c in (*command, *options)],
+                argv,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **(environment or {})},
+                env=environment,
+                preexec_fn=command_line if forked and not wrap else None,
             )
 
     def log(self):

@@ -21,14 +21,16 @@ def test_ungoverned_it_is_killed(container, tmp_path, burst, limit_mib):
     assert not (tmp_path / "session.jsonl.saved").exists()
 
 
-@pytest.mark.parametrize("oom_group", [False, True], ids=["", "oom-group"])
-@pytest.mark.parametrize(("burst", "limit_mib"), CASES)
+@pytest.mark.parametrize(
+    ("burst", "limit_mib", "oom_group"),
+    [*((*case, True) for case in CASES), *((burst, 256, False) for burst in BURSTS)],
+)
 def test_governed_the_session_is_archived_first(container, guard, tmp_path, burst, limit_mib, oom_group):
     pod = container(limit_mib, oom_group=oom_group)
     session = tmp_path / "session.jsonl"
     agent = pod.agent(session, burst, "--total-mb", "2048")  # each of eight processes alone is over the limit
     content = session.read_bytes()
-    governor = guard(pod).ready()
+    governor = guard(pod, forked=not oom_group).ready()  # with it: from the shell, as a user starts it
     agent.go()
     if burst == "processes":  # not the agent's own growth: it lives
         assert select.select([agent.stdout], [], [], 90)[0], governor.log()
