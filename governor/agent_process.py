@@ -50,9 +50,8 @@ class AgentProcess:
         self.known = self._meant(pid)
         if self._may_still_come(pid):
             return False
-        found = processes.read_process(self.known.pid if self.known else pid)
-        stat = subtree.read_stat(found.pid) if found else None
-        if not found or not stat or stat.state in "ZX":
+        found = subtree.read_stat(self.known.pid if self.known else pid)
+        if not found or found.ended:
             if not self._only_wanted:
                 self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
             return False

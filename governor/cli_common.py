@@ -16,8 +16,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def out(text: str) -> None:
-    """A line on standard output."""
-    typer.echo(text)
+    """A line for people on standard output; what could steer a terminal is escaped."""
+    typer.echo(printable(text))
 
 
 def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
@@ -31,6 +31,6 @@ def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
 
 
 def fail(text: str, status: int = 1) -> NoReturn:
-    """Say what is wrong, and exit."""
-    typer.echo(f"governor: {text}", err=True)
+    """Say what is wrong, escaped as in `out`, and exit."""
+    typer.echo(printable(f"governor: {text}"), err=True)
     raise typer.Exit(status)

@@ -312,8 +312,7 @@ class Executor:
         """The whole memcg; where governor may not freeze that, the agent's own processes."""
         if self.brake == FREEZE:
             return processes.processes(self.cgroup)
-        own = (processes.read_process(stat.pid) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()))
-        return [process for process in own if process]
+        return [processes.process_of(stat) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid())]
 
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""

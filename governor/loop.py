@@ -501,7 +501,7 @@ def _now_ns() -> int:
 
 def _lives(pid: int | None) -> bool:
     stat = subtree.read_stat(pid or 0)
-    return stat is not None and stat.state not in "ZX"
+    return stat is not None and not stat.ended
 
 
 def _megabytes(found: record.Record) -> str:

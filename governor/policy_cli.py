@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from governor import policy_file
-from governor.cli_common import load_or_exit
+from governor.cli_common import load_or_exit, out
 from governor.journal import printable
 from governor.policy_file import Loaded
 from governor.policy_keys import KEYS, flatten, written
@@ -25,8 +25,8 @@ def check(policy: PolicyArgument) -> None:
 
     Example: governor policy check /etc/governor/policy.toml
     """
-    loaded = _load(policy)
-    _out(f"{policy}: good: policy {loaded.policy.name}")
+    loaded = load_or_exit(policy_file.load, policy)
+    out(f"{policy}: good: policy {loaded.policy.name}")
 
 
 @policy_app.command()
@@ -38,14 +38,14 @@ def show(
 
     Example: governor policy show seed > policy.toml
     """
-    loaded = _load(policy)
+    loaded = load_or_exit(policy_file.load, policy)
     if json:
         found = {"policy": asdict(loaded.policy), "sources": loaded.sources}
         # Not orjson: it leaves some control characters as they are, and refuses a path that is not UTF-8.
         typer.echo(dumps(found, default=lambda member: member.value))
         return
     for line in as_toml(loaded):
-        _out(line)
+        out(line)
 
 
 @policy_app.command("list")
@@ -53,7 +53,7 @@ def list_presets() -> None:
     """Print the policies that come with governor."""
     for name, path in policy_file.presets().items():
         first = path.read_text().partition("\n")[0]
-        _out(f"{name:10} {first.lstrip('# ')}")
+        out(f"{name:10} {first.lstrip('# ')}")
 
 
 def as_toml(loaded: Loaded) -> list[str]:
@@ -71,11 +71,3 @@ def as_toml(loaded: Loaded) -> list[str]:
 
 def _line(assignment: str, source: str) -> str:
     return f"{assignment:40}  # {printable(source)}"
-
-
-def _load(name_or_path: str) -> Loaded:
-    return load_or_exit(policy_file.load, name_or_path)
-
-
-def _out(text: str) -> None:
-    typer.echo(printable(text))

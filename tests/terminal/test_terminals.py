@@ -18,7 +18,7 @@ from governor.channels import pty, tmux
 from governor.channels.pty import PtyTerminal, Renderer
 from governor.channels.terminal import ChannelError
 from governor.channels.tmux import TmuxTerminal
-from governor.profile_agent import read_stat
+from governor.subtree import read_stat
 from tests.fakes.stage import COLUMNS, ROWS, TmuxStage, wait_for
 
 # What the renderer makes of output
