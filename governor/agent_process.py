@@ -46,7 +46,7 @@ class AgentProcess:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        pid = self._wanted_pid or self._leading_pid()
+        pid = self._wanted_pid if self._only_wanted else self._wanted_pid or self._leading_pid()
         self.known = self._meant(pid)
         if self._may_still_come(pid):
             return False
