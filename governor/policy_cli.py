@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from governor import policy_file
-from governor.cli_common import load_or_exit, out
+from governor.cli_common import by_table, load_or_exit, out
 from governor.journal import printable
 from governor.policy_file import Loaded
-from governor.policy_keys import KEYS, flatten, written
+from governor.policy_keys import KEYS, Key, flatten, written
 
 policy_app = typer.Typer(help="Check, show and list policies.", no_args_is_help=True)
 
@@ -59,15 +59,8 @@ def list_presets() -> None:
 def as_toml(loaded: Loaded) -> list[str]:
     """Lines of a policy file that is read as the same policy, each key with its source."""
     values = flatten(loaded.policy)
-    lines: list[str] = []
-    table = ""
-    for path, key in KEYS.items():
-        if key.table != table:
-            table = key.table
-            lines += ["", f"[{table}]"]
-        lines.append(_line(f"{key.name} = {written(key, values[path])}", loaded.sources[path]))
-    return lines
 
+    def line(path: str, key: Key) -> str:
+        return f"{f'{key.name} = {written(key, values[path])}':40}  # {printable(loaded.sources[path])}"
 
-def _line(assignment: str, source: str) -> str:
-    return f"{assignment:40}  # {printable(source)}"
+    return by_table(KEYS, line)

@@ -11,9 +11,9 @@ import typer
 
 from governor import profile_file
 from governor.channels.terminal import ChannelError
-from governor.cli_common import JsonOption, fail, load_or_exit, out
+from governor.cli_common import JsonOption, by_table, fail, load_or_exit, out
 from governor.model import Tier
-from governor.policy_keys import flatten, written
+from governor.policy_keys import Key, flatten, written
 from governor.profile import Profile
 from governor.profile_file import KEYS, Loaded
 
@@ -151,12 +151,9 @@ def _would(profile: Profile, tier: Tier) -> str:
 def as_toml(loaded: Loaded) -> list[str]:
     """Lines of a profile that is read as the same one; keys that the file leaves out are comments."""
     values = flatten(loaded.profile, KEYS)
-    lines: list[str] = []
-    table = ""
-    for path, key in KEYS.items():
-        if key.table != table:
-            table = key.table
-            lines += ["", f"[{table}]"]
+
+    def line(path: str, key: Key) -> str:
         given = path in loaded.lines or not key.table
-        lines.append(f"{'' if given else '# '}{key.name} = {written(key, values[path])}")
-    return lines
+        return f"{'' if given else '# '}{key.name} = {written(key, values[path])}"
+
+    return by_table(KEYS, line)

@@ -19,7 +19,8 @@ from governor.channels.pty import PtyTerminal, Renderer
 from governor.channels.terminal import ChannelError
 from governor.channels.tmux import TmuxTerminal
 from governor.subtree import read_stat
-from tests.fakes.stage import COLUMNS, ROWS, TmuxStage, wait_for
+from tests.fakes.stage import COLUMNS, ROWS, TmuxStage
+from tests.waiting import wait_for
 
 # What the renderer makes of output
 
