@@ -46,13 +46,12 @@ class AgentProcess:
         """Look for it unless it is known; True when it was found just now."""
         if self.pidfd >= 0:
             return False
-        pid = self._wanted_pid or self._leading_pid()
+        pid = self._wanted_pid if self._only_wanted else self._wanted_pid or self._leading_pid()
         self.known = self._meant(pid)
         if self._may_still_come(pid):
             return False
-        found = processes.read_process(self.known.pid if self.known else pid)
-        stat = subtree.read_stat(found.pid) if found else None
-        if not found or not stat or stat.state in "ZX":
+        found = subtree.read_stat(self.known.pid if self.known else pid)
+        if not found or found.ended:
             if not self._only_wanted:
                 self._wanted_pid = 0  # it ended: whoever leads the memcg from now on
             return False

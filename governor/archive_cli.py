@@ -10,7 +10,6 @@ import typer
 
 from governor import archive, instance
 from governor.cli_common import JsonOption, fail, out
-from governor.journal import printable
 
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 
@@ -37,10 +36,10 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
             typer.echo(f"governor: {error}", err=True)
             continue
         if json:
-            out(orjson.dumps(manifest).decode())
+            typer.echo(orjson.dumps(manifest).decode())
         else:
             size_bytes = sum(entry.size_bytes for entry in manifest.files)
-            out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {printable(manifest.reason)}")
+            out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {manifest.reason}")
 
 
 @archive_app.command("verify")
@@ -66,7 +65,7 @@ def archive_restore(
     except archive.ArchiveError as error:
         fail(str(error))
     for path in written:
-        out(printable(str(path)))
+        out(str(path))
 
 
 def _archives(directory: Path | None) -> Path:

@@ -95,6 +95,17 @@ class Ended:
         """Whether it says that this is not the moment, and to try again later (exit status 75, EX_TEMPFAIL)."""
         return self.status == _TEMPORARY_FAILURE and not self.over_deadline and not self.flooded
 
+    @property
+    def why(self) -> str:
+        """What it left to say, in a line's length."""
+        if self.over_deadline:
+            return "it was over its deadline"
+        if self.flooded:
+            return "it printed too much and was ended"
+        if self.note:
+            return self.note
+        return f"status {self.status}: {self.output.decode(errors='replace').strip()[-300:]}"
+
 
 class Children:
     """The running children of a loop, on the loop's poller."""
@@ -108,6 +119,15 @@ class Children:
         for fd in (child.pidfd, child.pipe_fd):
             self._running[fd] = (child, on_end)
             self._poller.register(fd, select.POLLIN)
+
+    def attempt(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
+        """Look after a child that `make` makes; one that cannot be made has failed like any other."""
+        try:
+            child = make()
+        except OSError as error:  # no memory or no pid for it
+            on_end(Ended(1, str(error).encode(), False))
+        else:
+            self.start(child, on_end)
 
     def on_ready(self, fd: int) -> None:
         """A descriptor of the poller is ready; not one of ours: nothing happens."""

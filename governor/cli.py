@@ -157,7 +157,7 @@ def load(
     _lock_instance(_checked(name))
     result = _load(name, attach)
     if json:
-        out(orjson.dumps({"instance": name, "modules": result}).decode())
+        typer.echo(orjson.dumps({"instance": name, "modules": result}).decode())
         return
     for module, how in result.items():
         out(f"{module:8} {how}")
@@ -188,11 +188,12 @@ def doctor(
         facts = probe.Facts(**asdict(facts) | {"loaded": probe.try_load()})
         verdict = probe.decide(facts)
     if json:
-        out(orjson.dumps({"facts": asdict(facts), "verdict": asdict(verdict)}).decode())
+        typer.echo(orjson.dumps({"facts": asdict(facts), "verdict": asdict(verdict)}).decode())
     else:
         for name, value in asdict(facts).items():
             out(f"{name:20} {_fact(name, value)}")
-        out(f"\nsource: {verdict.source}: {verdict.reason}")
+        out("")
+        out(f"source: {verdict.source}: {verdict.reason}")
         out(f"brake: {verdict.brake}")
         for missing in verdict.missing:
             out(f"  - {missing}")
@@ -278,7 +279,7 @@ def why(
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):
                 for notice in told.read(cgroup_id, directory):
-                    out(printable(notice))
+                    out(notice)
 
 
 @app.command()
@@ -307,11 +308,11 @@ def replay(
             steps += 1
             if decision.recorded != decision.replayed:
                 differing += 1
-                out(orjson.dumps(decision).decode() if json else _side_by_side(decision))
+                typer.echo(orjson.dumps(decision).decode() if json else _side_by_side(decision))
     except policy_file.PolicyError as error:
         fail(str(error), 2)
     except (replaying.ReplayError, OSError) as error:
-        fail(printable(str(error)))
+        fail(str(error))
     typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise", err=True)
     raise typer.Exit(1 if differing and not policy else 0)
 

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from governor.journal import printable
+from governor.policy_keys import Key
 from governor.toml_file import FileError
 
 Loaded = TypeVar("Loaded")
@@ -16,8 +17,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def out(text: str) -> None:
-    """A line on standard output."""
-    typer.echo(text)
+    """A line for people on standard output; what could steer a terminal is escaped."""
+    typer.echo(printable(text))
+
+
+def by_table(keys: dict[str, Key], line: Callable[[str, Key], str]) -> list[str]:
+    """Lines of a TOML file: what `line` says of each path and its key, below the heading of its table."""
+    lines: list[str] = []
+    table = ""
+    for path, key in keys.items():
+        if key.table != table:
+            table = key.table
+            lines += ["", f"[{table}]"]
+        lines.append(line(path, key))
+    return lines
 
 
 def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
@@ -31,6 +44,6 @@ def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
 
 
 def fail(text: str, status: int = 1) -> NoReturn:
-    """Say what is wrong, and exit."""
-    typer.echo(f"governor: {text}", err=True)
+    """Say what is wrong, escaped as in `out`, and exit."""
+    typer.echo(printable(f"governor: {text}"), err=True)
     raise typer.Exit(status)

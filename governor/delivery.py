@@ -23,8 +23,9 @@ from governor.journal import printable
 from governor.model import Status, Tier
 from governor.policy import MS, SECOND
 from governor.profile import Profile, WhileBusy
-from governor.profile_agent import Agent, NoAgent, find_agent, read_stat
+from governor.profile_agent import Agent, NoAgent, find_agent
 from governor.profile_state import Seen, State, is_frozen, look, shown
+from governor.subtree import ancestors, read_stat
 
 _REASON_LIMIT = 400
 _STEP_S = 0.1  # between two looks
@@ -83,7 +84,7 @@ def open_terminal(channel: str, agent: Agent) -> Terminal | None:
     if kind == "pty" and where:
         from governor.channels.pty import PtyTerminal
 
-        return PtyTerminal(where, _ancestors(agent.pid))
+        return PtyTerminal(where, ancestors(agent.pid))
     if channel:
         raise ChannelError(f"found channel {channel!r}, expected tmux:SOCKET:TARGET or pty:CONTROL_SOCKET")
     return None
@@ -134,14 +135,6 @@ def _is_in_our_namespaces(pid: int) -> bool:
         )
     except OSError:
         return False
-
-
-def _ancestors(pid: int) -> list[int]:
-    """A process and those that it descends from."""
-    chain = [pid]
-    while (stat := read_stat(chain[-1])) and stat.parent_pid not in (0, *chain):
-        chain.append(stat.parent_pid)
-    return chain
 
 
 class _Typist:

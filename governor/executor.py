@@ -11,19 +11,18 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import orjson
 
-from governor import archive, delivery, link, model, record, resume, subtree, told
+from governor import archive, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
-from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
-from governor.brake import FREEZE, NONE, KnobFile
+from governor.brake import FREEZE, NONE, SLOT, KnobFile
 from governor.cgroup import MemoryState
-from governor.children import Child, Children, Ended, fork
+from governor.children import Children, Ended, fork
 from governor.codec import plain
-from governor.journal import say
+from governor.deliveries import Deliveries
+from governor.journal import Note, say
 from governor.limits import Limits
 from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
@@ -31,15 +30,7 @@ from governor.policy import SECOND, Policy, levels
 from governor.profile import Profile
 from governor.session_files import CREDENTIALS
 
-SLOT = 0
 _TERMINATION_LOG_NS = 2 * SECOND
-
-
-class Note(Protocol):
-    """A line for people and for the journal."""
-
-    def __call__(self, kind: str, text: str, **fields: object) -> None:
-        """`text` for people; both and the fields for the journal."""
 
 
 @dataclass(slots=True)
@@ -52,15 +43,13 @@ class Executor:
     agent: AgentProcess
     knob_file: KnobFile
     children: Children
-    commands: Commands
     send: Callable[[bytes], bool]  # to reflex
     note: Note
     limits: Limits
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
-    ask: Callable[[Tier, str, int], bool]  # a subscriber to do something until then; False: there is none
-    profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
-    channel: str
+    deliveries: Deliveries
+    profile: Profile | None  # of the agent
     resume_path: str
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
@@ -76,7 +65,8 @@ class Executor:
             case model.Archive(reason=reason):
                 self._archive(reason, state)
             case model.Deliver(tier=tier, reason=reason):
-                self._deliver(tier, reason)
+                wanted = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
+                self.deliveries.deliver(tier, reason, wanted)
             case model.HoldNow():
                 self.send(link.encode_slot(link.BRAKE, SLOT))
             case model.Prolong(for_ns=for_ns):
@@ -147,62 +137,6 @@ class Executor:
         self._raised = link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word)
         self.send(self._raised.encode())
 
-    # Tiers 1 and 2
-
-    def _deliver(self, tier: Tier, reason: str) -> None:
-        wanted = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
-        if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
-            knobs.lift_high()
-            knobs.close()
-        how = wanted.exec or (wanted.signal or "socket",)
-        self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
-        if wanted.signal:
-            self._delivery_ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, wanted.signal))
-            return
-        deadline_ns = time.monotonic_ns() + wanted.deadline_ns
-        if not wanted.exec:
-            if not self.ask(tier, reason, deadline_ns):
-                self._type(tier, deadline_ns)
-            return
-        environment = {
-            "GOVERNOR_CGROUP": self.cgroup,
-            "GOVERNOR_AGENT_PID": str(self.agent.pid),
-            "GOVERNOR_TIER": tier.value,
-        }
-
-        def run() -> Child:
-            what = f"{tier.value}: {reason}"
-            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what)
-            if why_not:
-                self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
-            return child
-
-        self.start(run, lambda ended: self._delivery_ended(tier, ended))
-
-    def types(self, tier: Tier) -> bool:
-        """Whether it is known what to type, and where."""
-        return bool(self.channel and self.profile and self.profile.text(tier))
-
-    def _type(self, tier: Tier, deadline_ns: int) -> None:
-        profile = self.profile
-        if not profile or not self.types(tier):
-            self.delivered(tier, Status.FAILED, "nobody who can is subscribed any more")
-            return
-        self.start(
-            lambda: delivery.start(profile, tier, self.agent.pid, self.channel, deadline_ns),
-            lambda ended: self._delivery_ended(tier, ended),
-        )
-
-    def _delivery_ended(self, tier: Tier, ended: Ended) -> None:
-        status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED
-        self.delivered(tier, status, _why(ended))
-
-    def delivered(self, tier: Tier, status: Status, why: str) -> None:
-        """What became of a delivery, and what whoever was asked has to say of it."""
-        text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
-        self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
-        self.feed(model.Answered(tier, status, self.look()))
-
     # Tier 3
 
     def _archive(self, reason: str, state: model.State, is_last: bool = False) -> None:
@@ -237,7 +171,7 @@ class Executor:
             return orjson.dumps(summary | fallback)
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
-        self.start(
+        self.children.attempt(
             lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last)
         )
 
@@ -257,7 +191,7 @@ class Executor:
                 self._full = Path(made["directory"]), made["name"]
         else:
             self._full = self._full[0], ""
-            self.note("archive_failed", f"archive failed: {_why(ended)}", status=ended.status)
+            self.note("archive_failed", f"archive failed: {ended.why}", status=ended.status)
         self.feed(model.Archived(ended.ok, self.look()))
 
     def _shed(self, shed: model.Shed, state: model.State) -> None:
@@ -291,7 +225,7 @@ class Executor:
             return b"written" if termination_log.write(message, pid) else b""
 
         deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
-        self.start(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
+        self.children.attempt(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
         self._resume(resume.TERMINATED, reason)  # while it lives: at its end it may forget its session
         sent = self.agent.ask_to_end()
         whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
@@ -312,8 +246,7 @@ class Executor:
         """The whole memcg; where governor may not freeze that, the agent's own processes."""
         if self.brake == FREEZE:
             return processes.processes(self.cgroup)
-        own = (processes.read_process(stat.pid) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid()))
-        return [process for process in own if process]
+        return [processes.process_of(stat) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid())]
 
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
@@ -325,7 +258,7 @@ class Executor:
 
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:
-            self.note("termination_log_failed", f"the termination log cannot be written: {_why(ended)}")
+            self.note("termination_log_failed", f"the termination log cannot be written: {ended.why}")
 
     def sweep(self, state: model.State) -> None:
         """What a terminated agent leaves behind has no further grace."""
@@ -344,23 +277,3 @@ class Executor:
             self._archive(f"after the fact: {killed_by}", state, is_last=True)
             self._resume(resume.OOM_KILLED, killed_by)
         self._full = self._full[0], ""
-
-    def start(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
-        """Look after a child that `make` makes; one that cannot be made has failed like any other."""
-        try:
-            child = make()
-        except OSError as error:  # no memory or no pid for it
-            on_end(Ended(1, str(error).encode(), False))
-        else:
-            self.children.start(child, on_end)
-
-
-def _why(ended: Ended) -> str:
-    """What a child left to say, in a line's length."""
-    if ended.over_deadline:
-        return "it was over its deadline"
-    if ended.flooded:
-        return "it printed too much and was ended"
-    if ended.note:
-        return ended.note
-    return f"status {ended.status}: {ended.output.decode(errors='replace').strip()[-300:]}"

@@ -24,9 +24,16 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
+
+
+class Note(Protocol):
+    """A line for people and for the journal."""
+
+    def __call__(self, kind: str, text: str, **fields: object) -> None:
+        """`text` for people; both and the fields for the journal."""
 
 
 def printable(text: str) -> str:

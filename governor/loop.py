@@ -19,31 +19,21 @@ from pathlib import Path
 
 import orjson
 
-from governor import (
-    children,
-    instance,
-    ladder,
-    link,
-    model,
-    pins,
-    policy,
-    poll_source,
-    record,
-    resume,
-    state_file,
-    subtree,
-)
+from governor import children, instance, link, model, pins, policy, poll_source, record
 from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
 from governor.attribution import Attribution
-from governor.brake import BRAKE_NAMES, FREEZE, KnobFile
+from governor.brake import BRAKE_NAMES, FREEZE, SLOT, KnobFile
 from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.codec import plain
-from governor.executor import SLOT, Executor
+from governor.decisions import Decisions, boottime_ns
+from governor.deliveries import Deliveries
+from governor.executor import Executor
 from governor.guard import Guard, read_policy, read_profile
 from governor.journal import Journal, printable, say
 from governor.limits import Limits
 from governor.model import Phase
+from governor.oom_kills import OomKills
 from governor.policy import MS, SECOND, Source
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
@@ -56,7 +46,6 @@ _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING:
 _AFTER_FAULT_S = 0.1
 _HELD_BUDGET_NS = 100 * MS  # for finding out whose growth it is, while nothing grows
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
 
 class Loop:
@@ -69,8 +58,6 @@ class Loop:
         self._policy = read_policy(guard, self._profile)
         self._memcg = Memcg(guard.cgroup)
         self._limits = Limits(self._memcg)
-        self._state_path = state_file.path_for(guard.cgroup)
-        self._state = model.State()
         self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         self._knob_file = KnobFile(guard.knob_path)
         source = self._policy.signals.source
@@ -83,6 +70,25 @@ class Loop:
         self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid)
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
+        self._children = children.Children(self._poller)
+        self._commands = Commands()
+        self._subscribers = Subscribers(self._poller, self._hello)
+        self._subscribers.on_change = self._reachable
+        self._decisions = Decisions(guard.cgroup, self._policy, self._agent, self._journal, self._note)
+        self._deliveries = Deliveries(
+            cgroup=guard.cgroup,
+            agent=self._agent,
+            knob_file=self._knob_file,
+            children=self._children,
+            commands=self._commands,
+            subscribers=self._subscribers,
+            note=self._note,
+            feed=self._decisions.feed,
+            limits=self._limits,
+            profile=self._profile,
+            channel=guard.channel,
+        )
+        self._subscribers.on_answer = self._deliveries.delivered
         archives = Path(guard.archive_directory)
         self._executor = Executor(
             cgroup=guard.cgroup,
@@ -90,35 +96,28 @@ class Loop:
             policy=self._policy,
             agent=self._agent,
             knob_file=self._knob_file,
-            children=children.Children(self._poller),
-            commands=Commands(),
+            children=self._children,
+            deliveries=self._deliveries,
             send=self._reflex.send,
             note=self._note,
             limits=self._limits,
-            feed=self._feed,
+            feed=self._decisions.feed,
             remembered=lambda: self._attribution.descendants(),
-            ask=self._ask,
             profile=self._profile,
-            channel=guard.channel,
             resume_path=guard.resume_path,
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
-        self._subscribers = Subscribers(self._poller, self._hello)
-        self._subscribers.on_answer = self._executor.delivered
-        self._subscribers.on_change = self._reachable
+        self._decisions.carry_out = self._executor.carry_out
         self._turned_ns = time.monotonic_ns()  # the last turn of the loop
         self._sampled_ns = 0
         self._last: MemoryState | None = None
         self._last_ns = 0
         self._sampled_rate: int | None = None  # bytes per second between the last two samples
-        self._journaled_ns: int | None = None
-        self._journaled_ratio = 0.0
-        self._save_failed = self._unreadable = False
+        self._unreadable = False
         self._level_heard = 0
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
-        self._kills = resume.kernel_kills(guard.cgroup)
-        self._remembers = False  # before, nothing may be saved over what an earlier governor knew
+        self._kills = OomKills(guard.cgroup)
         self._stopping = self._in_a_hurry = False
         self.status = 0  # to exit with
 
@@ -132,14 +131,15 @@ class Loop:
             self._knob_file.adopt(SLOT, self._guard.cgroup, self._memcg.cgroup_id)
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
-        self._executor.commands.sweep()
+        self._commands.sweep()
         self._listen()
         self._find_agent()
-        self._remember()
+        self._decisions.remember()
+        self._reachable()
         self._journal.begin()
         try:
             self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
-            self._programs.load(self._executor.start)
+            self._programs.load(self._children)
             while not self._stopping or self._finishing():
                 try:
                     self._once(wake_fd)
@@ -154,11 +154,11 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self._find_agent()
-        if self._state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
-            self._executor.children.prolong(now_ns - self._turned_ns)
+        if self._decisions.state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
+            self._children.prolong(now_ns - self._turned_ns)
             self._subscribers.prolong(now_ns - self._turned_ns)
         self._turned_ns = now_ns
-        self._executor.children.check_deadlines(now_ns)
+        self._children.check_deadlines(now_ns)
         self._subscribers.check_deadlines(now_ns)
         if now_ns - self._sampled_ns >= self._interval_ns():
             self._sample(now_ns)
@@ -171,12 +171,15 @@ class Loop:
         if self._in_a_hurry:
             return False
         if self._agent.pidfd < 0:
-            return self._executor.children.has_work()
+            return self._children.has_work()
         return bool(select.select([self._agent.pidfd], [], [], 0)[0])
 
     def _interval_ns(self) -> int:
-        signals, state = self._policy.signals, self._state
-        if state.phase is Phase.PROBATION and since(state.probation_ns, _now_ns()) > self._policy.brake.probation_ns:
+        signals, state = self._policy.signals, self._decisions.state
+        if (
+            state.phase is Phase.PROBATION
+            and since(state.probation_ns, boottime_ns()) > self._policy.brake.probation_ns
+        ):
             return signals.raised_interval_ns  # full, but it has sat still for long
         raised = self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
         return _SAMPLE_NS.get(state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
@@ -202,24 +205,24 @@ class Loop:
         elif fd == self._agent.pidfd:
             self._agent_ended()
         elif not self._subscribers.on_ready(fd):
-            self._executor.children.on_ready(fd)
+            self._children.on_ready(fd)
 
     def _read_policy_again(self) -> None:
         try:
-            self._policy = self._executor.policy = read_policy(self._guard, self._profile)
+            self._policy = self._executor.policy = self._decisions.policy = read_policy(self._guard, self._profile)
         except (FileError, OSError) as error:
             self._note("policy_refused", f"the policy stays as it was: {error}")
             return
         self._reflex.send(link.encode_levels(link.SET_LEVELS, SLOT, policy.levels(self._policy)))
-        self._executor.levels_again(self._state.phase)
-        if self._state.phase is Phase.HELD and not self._policy.brakes:
+        self._executor.levels_again(self._decisions.state.phase)
+        if self._decisions.state.phase is Phase.HELD and not self._policy.brakes:
             self._executor.usual_levels()
-            self._feed(model.Thawed())
+            self._decisions.feed(model.Thawed())
         text = f"policy {self._policy.name!r} was read again from {self._guard.policy}"
         self._note("policy", text, path=self._guard.policy, policy=plain(self._policy))
 
     def _end(self) -> None:
-        for what in self._executor.children.abandon():
+        for what in self._children.abandon():
             self._note("abandoned", f"was still running: {what}")
         self._reflex.stop()
         self._subscribers.close()
@@ -251,8 +254,8 @@ class Loop:
         restored = self._knob_file.restore_all()
         undone = "; ".join(restored) or "nothing was braked"
         self._note("reflex_gone", f"reflex ended with status {status}: {undone}; starting it again", status=status)
-        if self._state.phase is Phase.HELD:
-            self._feed(model.Thawed())
+        if self._decisions.state.phase is Phase.HELD:
+            self._decisions.feed(model.Thawed())
 
     def _hear_reflex(self) -> None:
         try:
@@ -272,10 +275,10 @@ class Loop:
             case link.Thawed(reason=reason, at_ns=at_ns):
                 self._note("thawed", f"thawed: {link.THAW_REASONS[reason]}", at_ns=at_ns)
                 if reason != link.ASKED:
-                    self._feed(model.Thawed())
+                    self._decisions.feed(model.Thawed())
             case link.Adopted(ok=True, source=source, brake=brake):
                 self._protecting(source, brake)
-                self._executor.levels_again(self._state.phase)  # and undo what an earlier run left
+                self._executor.levels_again(self._decisions.state.phase)  # and undo what an earlier run left
             case link.Adopted(ok=False):
                 self._note("unprotected", "reflex cannot watch this memcg: only sampling is left")
             case link.Source(source=source, brake=brake):
@@ -309,27 +312,17 @@ class Loop:
             return
         self._journal.write(record.KIND_NAMES.get(found.kind, "record"), **fields)
         if found.kind == record.STALL:
-            self._feed(model.Stalled())
+            self._decisions.feed(model.Stalled())
             self._sampled_ns = 0  # look now
         if found.kind == record.CROSSING and found.level != self._level_heard:
             way = f"{'rising' if found.rising else 'falling'} to level {record.LEVEL_NAMES[found.level]}"
             say(f"{way}: {_megabytes(found)}, heard after {latency_ms:.2f} ms")
             self._level_heard = found.level
-            self._tell_level(found)
+            self._subscribers.tell_level(found)
         if found.kind == record.CROSSING and found.rising and found.level >= record.LEVEL_BRAKE:
-            held = self._state.held if self._state.phase is Phase.HELD else None
+            held = self._decisions.state.held if self._decisions.state.phase is Phase.HELD else None
             if held and held.frozen and found.ktime_ns > self._held_ns + 20 * MS:
-                self._feed(model.StillGrowing())
-
-    def _tell_level(self, found: record.Record) -> None:
-        self._subscribers.tell(
-            "memory",
-            level=record.LEVEL_NAMES[found.level],
-            rising=found.rising,
-            unreclaimable_bytes=found.bound_pages * record.PAGE_BYTES,
-            max_bytes=found.max_pages * record.PAGE_BYTES,
-            monotonic_ns=found.ktime_ns,
-        )
+                self._decisions.feed(model.StillGrowing())
 
     def _on_braked(self, braked: link.Braked) -> None:
         self._held_ns = braked.frozen_ns
@@ -346,14 +339,12 @@ class Loop:
         trend = self._sampled_rate if braked.trend_bytes < 0 else braked.trend_bytes
         growth = self._attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
         rate = None if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        self._feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
+        self._decisions.feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
 
     # The agent
 
     def _find_agent(self) -> None:
-        if self._agent.pidfd >= 0 or self._stopping or (self._guard.only_pid and not _lives(self._guard.agent_pid)):
-            return
-        if not self._agent.find():
+        if self._stopping or not self._agent.find():
             return
         self._poller.register(self._agent.pidfd, select.POLLIN)
         self._attribution = Attribution(self._guard.cgroup, self._agent.pid)
@@ -366,22 +357,15 @@ class Loop:
 
     def _agent_ended(self) -> None:
         self._poller.unregister(self._agent.pidfd)
-        pid, state = self._agent.pid, self._state
+        pid, state = self._agent.pid, self._decisions.state
         self._note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=state.phase.value)
         self._executor.sweep(state)
         self._subscribers.drop_requests()
-        self._feed(model.AgentEnded())
-        self._executor.archive_the_end(state, self._killed_by())
+        self._decisions.feed(model.AgentEnded())
+        self._executor.archive_the_end(state, self._kills.what_killed())
         self._agent.forget()
         self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
-
-    def _killed_by(self) -> str:
-        """Which kind of OOM kill came since the last sample; "" for none."""
-        here, everywhere = resume.kernel_kills(self._guard.cgroup)
-        if here > self._kills[0]:
-            return "the kernel's OOM killer, at the limit of its memcg"
-        return "the kernel's OOM killer, for want of memory on the machine" if everywhere > self._kills[1] else ""
 
     # Subscribers
 
@@ -395,35 +379,14 @@ class Loop:
     def _hello(self) -> dict[str, object]:
         return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
 
-    def _ask(self, tier: model.Tier, reason: str, deadline_ns: int) -> bool:
-        return self._subscribers.ask(tier, reason, deadline_ns, time.monotonic_ns())
-
     def _reachable(self) -> None:
-        """Tell the ladder what the agent can be asked for: by a subscriber, or by what its profile says to type."""
-        if not self._remembers:
-            return
-        by_typing = {tier for tier in model.Tier if self._executor.types(tier)}
-        can = self._subscribers.can | (by_typing if self._agent.pid else set())
-        for tier, known in ((model.Tier.COMPACT, self._state.compact), (model.Tier.CLEAR, self._state.clear)):
-            if known.reachable != (tier in can):
-                self._feed(model.Reachable(tier, tier in can))
+        self._decisions.reachable(self._deliveries.can)
 
     # The ladder
 
-    def _remember(self) -> None:
-        """What an earlier governor knew of this target. What it had under way is not taken up again."""
-        saved, warning = state_file.load(self._state_path, self._guard.cgroup)
-        if warning:
-            self._note("state_aside", warning)
-        if saved:
-            same_agent = saved.agent == self._agent.identity
-            self._state = ladder.resumed(saved.state, same_agent, _now_ns())
-        self._remembers = True
-        self._reachable()
-
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
-        self._kills = resume.kernel_kills(self._guard.cgroup)
+        self._kills.look()
         state = self._limits.memory_state(now_ns)
         if state is None:
             if not self._memcg.exists():
@@ -432,76 +395,29 @@ class Loop:
             elif not self._unreadable:
                 self._note("unreadable", "the memory of this memcg cannot be read: nothing is decided until it can")
             self._unreadable = True
-            self._feed(model.Sampled(None, _now_ns()))
+            self._decisions.feed(model.Sampled(None, boottime_ns()))
             return
         self._unreadable = False
         if self._last is not None:
             grown_bytes = max(0, state.unreclaimable_bytes - self._last.unreclaimable_bytes)
-            held = self._state.phase is Phase.HELD  # and says nothing of how it grows
+            held = self._decisions.state.phase is Phase.HELD  # and says nothing of how it grows
             self._sampled_rate = None if held else grown_bytes * SECOND // max(1, now_ns - self._last_ns)
         self._last, self._last_ns = state, now_ns
-        if self._state.phase in (Phase.WATCHING, Phase.PROBATION):
+        if self._decisions.state.phase in (Phase.WATCHING, Phase.PROBATION):
             self._attribution.look(now_ns)
         if (for_ns := self._veto.changed()) is not None:
             self._note("veto", f"nothing but the brake for {for_ns / SECOND:g} s" if for_ns else "the veto is over")
-            self._feed(model.Vetoed(for_ns))
-        self._feed(model.Sampled(state, _now_ns()))
-
-    def _feed(self, event: model.Event) -> None:
-        before, now_ns = self._state, _now_ns()
-        self._state, instructions = ladder.step(before, event, now_ns, self._policy)
-        if self._state != before or instructions or self._worth_a_line(event, now_ns):
-            self._journal.write(
-                "step",
-                event=type(event).__name__,
-                of=plain(event),
-                now_ns=now_ns,
-                phase=self._state.phase.value,
-                rule=ladder.rule(before.phase, event, self._state.phase, instructions),
-                instructions=[{type(each).__name__: plain(each)} for each in instructions],
-            )
-        if self._state != before:
-            self._save()
-        for instruction in instructions:
-            self._executor.carry_out(instruction, self._state)
-
-    def _worth_a_line(self, event: model.Event, now_ns: int) -> bool:
-        if not isinstance(event, model.Sampled) or event.state is None:
-            return not isinstance(event, model.Sampled)
-        ratio = event.state.unreclaimable_ratio
-        moved = abs(ratio - self._journaled_ratio) >= _JOURNALED_RATIO
-        if not moved and since(self._journaled_ns, now_ns) < _JOURNALED_NS:
-            return False
-        self._journaled_ns, self._journaled_ratio = now_ns, ratio
-        return True
-
-    def _save(self) -> None:
-        try:
-            state_file.save(self._state_path, state_file.Saved(self._guard.cgroup, self._agent.identity, self._state))
-            self._save_failed = False
-        except (OSError, TypeError, ValueError) as error:  # what cannot be saved must not keep us from acting
-            if not self._save_failed:
-                self._note("state_not_saved", f"the state cannot be saved: {error}; going on without it")
-            self._save_failed = True
+            self._decisions.feed(model.Vetoed(for_ns))
+        self._decisions.feed(model.Sampled(state, boottime_ns()))
 
     def _first_line(self) -> dict[str, object]:
-        return {"policy": plain(self._policy), "state": plain(self._state), "guard": asdict(self._guard)}
+        return {"policy": plain(self._policy), "state": plain(self._decisions.state), "guard": asdict(self._guard)}
 
     def _note(self, kind: str, text: str, **fields: object) -> None:
         say(text)
         self._journal.write(kind, text=text, **fields)
         if kind in TOLD:
             self._subscribers.tell("event", kind=kind, text=printable(text))
-
-
-def _now_ns() -> int:
-    """The ladder's clock: it goes on while the machine sleeps, and is not set."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
-def _lives(pid: int | None) -> bool:
-    stat = subtree.read_stat(pid or 0)
-    return stat is not None and stat.state not in "ZX"
 
 
 def _megabytes(found: record.Record) -> str:

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from governor import policy_file
-from governor.cli_common import load_or_exit
+from governor.cli_common import by_table, load_or_exit, out
 from governor.journal import printable
 from governor.policy_file import Loaded
-from governor.policy_keys import KEYS, flatten, written
+from governor.policy_keys import KEYS, Key, flatten, written
 
 policy_app = typer.Typer(help="Check, show and list policies.", no_args_is_help=True)
 
@@ -25,8 +25,8 @@ def check(policy: PolicyArgument) -> None:
 
     Example: governor policy check /etc/governor/policy.toml
     """
-    loaded = _load(policy)
-    _out(f"{policy}: good: policy {loaded.policy.name}")
+    loaded = load_or_exit(policy_file.load, policy)
+    out(f"{policy}: good: policy {loaded.policy.name}")
 
 
 @policy_app.command()
@@ -38,14 +38,14 @@ def show(
 
     Example: governor policy show seed > policy.toml
     """
-    loaded = _load(policy)
+    loaded = load_or_exit(policy_file.load, policy)
     if json:
         found = {"policy": asdict(loaded.policy), "sources": loaded.sources}
         # Not orjson: it leaves some control characters as they are, and refuses a path that is not UTF-8.
         typer.echo(dumps(found, default=lambda member: member.value))
         return
     for line in as_toml(loaded):
-        _out(line)
+        out(line)
 
 
 @policy_app.command("list")
@@ -53,29 +53,14 @@ def list_presets() -> None:
     """Print the policies that come with governor."""
     for name, path in policy_file.presets().items():
         first = path.read_text().partition("\n")[0]
-        _out(f"{name:10} {first.lstrip('# ')}")
+        out(f"{name:10} {first.lstrip('# ')}")
 
 
 def as_toml(loaded: Loaded) -> list[str]:
     """Lines of a policy file that is read as the same policy, each key with its source."""
     values = flatten(loaded.policy)
-    lines: list[str] = []
-    table = ""
-    for path, key in KEYS.items():
-        if key.table != table:
-            table = key.table
-            lines += ["", f"[{table}]"]
-        lines.append(_line(f"{key.name} = {written(key, values[path])}", loaded.sources[path]))
-    return lines
 
+    def line(path: str, key: Key) -> str:
+        return f"{f'{key.name} = {written(key, values[path])}':40}  # {printable(loaded.sources[path])}"
 
-def _line(assignment: str, source: str) -> str:
-    return f"{assignment:40}  # {printable(source)}"
-
-
-def _load(name_or_path: str) -> Loaded:
-    return load_or_exit(policy_file.load, name_or_path)
-
-
-def _out(text: str) -> None:
-    typer.echo(printable(text))
+    return by_table(KEYS, line)

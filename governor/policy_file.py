@@ -12,7 +12,7 @@ from typing import Any
 
 from governor.policy import Policy
 from governor.policy_keys import KEYS, NAME, build, flatten, hint, shown, written
-from governor.toml_file import Fault, FileError, given_values, line_of, read_file, read_tree
+from governor.toml_file import Fault, FileError, given_values, line_of, read_named, read_tree
 
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -72,18 +72,10 @@ def presets() -> dict[str, Path]:
 
 def load(name_or_path: str) -> Loaded:
     """A preset by its name or a file by its path; raises PolicyError."""
-    known = presets()
-    if name_or_path in known:
-        return _preset(name_or_path)
-    names = ", ".join(known)
-    if "/" not in name_or_path and not Path(name_or_path).exists():
-        expected = f"a file, or a preset: {names}{hint(name_or_path, list(known))}"
-        raise PolicyError(name_or_path, [Fault(0, "", "no such file or preset", expected)])
-    return parse(read_file(name_or_path), name_or_path)
-
-
-def _preset(name: str) -> Loaded:
-    return _parse(read_file(str(presets()[name])), f"preset {name}", name, is_preset=True)
+    data = read_named(name_or_path, presets(), "preset")
+    if name_or_path in presets():
+        return _parse(data, f"preset {name_or_path}", name_or_path, is_preset=True)
+    return parse(data, name_or_path)
 
 
 def parse(data: bytes, where: str) -> Loaded:
@@ -120,7 +112,7 @@ def _base(
     name = tree.get("extends", "default")
     known = list(presets())
     if isinstance(name, str) and name in known:
-        return _preset(name)
+        return load(name)
     near = hint(name, known) if isinstance(name, str) else ""
     faults.append(Fault(line_of(lines, "extends"), "extends", shown(name), f"a preset: {', '.join(known)}{near}"))
     return None

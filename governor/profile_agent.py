@@ -11,6 +11,7 @@ from pathlib import Path
 
 from governor.profile import Match
 from governor.session_files import home_of
+from governor.subtree import Stat, read_stat
 
 _INTERPRETERS = ("node", "nodejs", "bun", "deno", "sh", "bash", "dash", "python*", "pypy*", "ruby", "perl")
 _READ_LIMIT_BYTES = 256 << 10
@@ -19,20 +20,6 @@ _DEPTH_LIMIT = 64
 
 class NoAgent(Exception):
     """There is no process that the profile means; the text says what there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """What /proc/PID/stat says; start in clock ticks since boot, the groups in our PID namespace."""
-
-    pid: int
-    comm: str
-    state: str  # one letter
-    parent_pid: int
-    group: int
-    terminal: int  # device number, 0: none
-    foreground_group: int  # of the terminal
-    start_ticks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +34,10 @@ class Agent:
     name: str
 
 
-def read_stat(pid: int) -> Stat | None:
-    """One process; None when it is gone."""
-    data = _read(f"/proc/{pid}/stat")
-    head, _, tail = data.rpartition(b")")
-    fields = tail.split()
-    if len(fields) < 20:
-        return None
-    numbers = [int(field) for field in fields[1:6]]
-    comm = head.partition(b"(")[2].decode(errors="replace")
-    return Stat(pid, comm, fields[0].decode(), numbers[0], numbers[1], numbers[3], numbers[4], int(fields[19]))
-
-
 def find_agent(match: Match, pid: int) -> Agent:
     """The process that `match` means among `pid` and what descends from it; raises NoAgent."""
     root = read_stat(pid)
-    if root is None or root.state in "ZX":
+    if root is None or root.ended:
         raise NoAgent(f"found no process {pid} that runs")
     found = root
     if match.process:
@@ -82,7 +57,7 @@ def find_agent(match: Match, pid: int) -> Agent:
 def is_alive(agent: Agent) -> bool:
     """Whether this very process still runs."""
     stat = read_stat(agent.pid)
-    return stat is not None and stat.start_ticks == agent.start_ticks and stat.state not in "ZX"
+    return stat is not None and stat.start_ticks == agent.start_ticks and not stat.ended
 
 
 def environment_of(pid: int, name: str) -> str:
@@ -139,7 +114,7 @@ def _children() -> dict[int, list[Stat]]:
     found: dict[int, list[Stat]] = {}
     stats = [stat for entry in os.scandir("/proc") if entry.name.isdecimal() and (stat := read_stat(int(entry.name)))]
     for stat in sorted(stats, key=lambda stat: (stat.start_ticks, stat.pid)):
-        if stat.state not in "ZX":
+        if not stat.ended:
             found.setdefault(stat.parent_pid, []).append(stat)
     return found
 

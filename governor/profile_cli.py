@@ -11,17 +11,15 @@ import typer
 
 from governor import profile_file
 from governor.channels.terminal import ChannelError
-from governor.cli_common import fail, load_or_exit
-from governor.journal import printable
+from governor.cli_common import JsonOption, by_table, fail, load_or_exit, out
 from governor.model import Tier
-from governor.policy_keys import flatten, written
+from governor.policy_keys import Key, flatten, written
 from governor.profile import Profile
 from governor.profile_file import KEYS, Loaded
 
 profile_app = typer.Typer(help="List, show, check and try profiles of agents.", no_args_is_help=True)
 
 ProfileArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A profile's name, or a file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with units in the names.")]
 _FILES_SHOWN = 20
 
 
@@ -29,9 +27,9 @@ _FILES_SHOWN = 20
 def list_profiles(json: JsonOption = False) -> None:
     """Print the profiles that come with governor, and whether they are proven."""
     for name, path in profile_file.profiles().items():
-        standing = _load(name).profile.standing.value
+        standing = load_or_exit(profile_file.load, name).profile.standing.value
         about = path.read_text().partition("\n")[0].lstrip("# ")
-        _out(
+        out(
             dumps({"name": name, "standing": standing, "about": about})
             if json
             else f"{name:15} {standing:12} {about}"
@@ -44,8 +42,8 @@ def check(profile: ProfileArgument) -> None:
 
     Example: governor profile check mine.toml
     """
-    loaded = _load(profile)
-    _out(f"{profile}: good: profile {loaded.profile.name}, {loaded.profile.standing.value}")
+    loaded = load_or_exit(profile_file.load, profile)
+    out(f"{profile}: good: profile {loaded.profile.name}, {loaded.profile.standing.value}")
 
 
 @profile_app.command()
@@ -54,12 +52,12 @@ def show(profile: ProfileArgument, json: JsonOption = False) -> None:
 
     Example: governor profile show generic-repl > mine.toml
     """
-    loaded = _load(profile)
+    loaded = load_or_exit(profile_file.load, profile)
     if json:
         typer.echo(dumps(asdict(loaded.profile), default=lambda member: member.value))
         return
     for line in as_toml(loaded):
-        _out(line)
+        out(line)
 
 
 @profile_app.command("try")
@@ -77,10 +75,10 @@ def try_profile(
     Example: governor profile try claude-code --pid 4711 --tmux /tmp/tmux-1000/default:0
     """
     if tmux and control:
-        fail(printable("found --tmux and --control, expected one of them"), 2)
+        fail("found --tmux and --control, expected one of them", 2)
     if tmux and not all(tmux.partition(":")):
-        fail(printable(f"found --tmux {tmux!r}, expected SOCKET:TARGET, such as /tmp/tmux-1000/default:0"), 2)
-    loaded = _load(profile)
+        fail(f"found --tmux {tmux!r}, expected SOCKET:TARGET, such as /tmp/tmux-1000/default:0", 2)
+    loaded = load_or_exit(profile_file.load, profile)
     channel = f"tmux:{tmux}" if tmux else f"pty:{os.path.abspath(control)}" if control else ""  # noqa: PTH100
     told = attempt(loaded.profile, pid, channel)
     if json:
@@ -88,7 +86,7 @@ def try_profile(
     else:
         for name, value in told.items():
             for line in value if isinstance(value, list) else [value]:
-                _out(f"{name:16} {line}")
+                out(f"{name:16} {line}")
     raise typer.Exit(0 if not told["why_not"] else 1)
 
 
@@ -153,20 +151,9 @@ def _would(profile: Profile, tier: Tier) -> str:
 def as_toml(loaded: Loaded) -> list[str]:
     """Lines of a profile that is read as the same one; keys that the file leaves out are comments."""
     values = flatten(loaded.profile, KEYS)
-    lines: list[str] = []
-    table = ""
-    for path, key in KEYS.items():
-        if key.table != table:
-            table = key.table
-            lines += ["", f"[{table}]"]
+
+    def line(path: str, key: Key) -> str:
         given = path in loaded.lines or not key.table
-        lines.append(f"{'' if given else '# '}{key.name} = {written(key, values[path])}")
-    return lines
+        return f"{'' if given else '# '}{key.name} = {written(key, values[path])}"
 
-
-def _load(name_or_path: str) -> Loaded:
-    return load_or_exit(profile_file.load, name_or_path)
-
-
-def _out(text: object) -> None:
-    typer.echo(printable(str(text)))
+    return by_table(KEYS, line)

@@ -16,14 +16,13 @@ from governor.policy_keys import (
     check_name,
     check_signal,
     flatten,
-    hint,
     keys_of,
     toml_text,
     written,
 )
 from governor.profile import Profile
 from governor.session_files import parse_pattern
-from governor.toml_file import Fault, FileError, given_values, line_of, read_file, read_tree
+from governor.toml_file import Fault, FileError, given_values, line_of, read_named, read_tree
 
 _PROFILES = Path(__file__).parent / "profiles"
 _FIELD = re.compile(r"\{([^{}]*)\}")
@@ -145,14 +144,7 @@ def profiles() -> dict[str, Path]:
 
 def load(name_or_path: str) -> Loaded:
     """A profile of the package by its name or a file by its path; raises ProfileError."""
-    known = profiles()
-    if name_or_path in known:
-        return parse(read_file(str(known[name_or_path])), name_or_path)
-    if "/" not in name_or_path and not Path(name_or_path).exists():
-        names = ", ".join(known)
-        expected = f"a file, or a profile: {names}{hint(name_or_path, list(known))}"
-        raise ProfileError(name_or_path, [Fault(0, "", "no such file or profile", expected)])
-    return parse(read_file(name_or_path), name_or_path)
+    return parse(read_named(name_or_path, profiles(), "profile"), name_or_path)
 
 
 def parse(data: bytes, where: str) -> Loaded:

@@ -18,8 +18,9 @@ import orjson
 
 from governor import cgroup
 from governor.profile import Profile, StateFile
-from governor.profile_agent import Agent, read_stat
+from governor.profile_agent import Agent
 from governor.session_files import find, parse_pattern
+from governor.subtree import read_stat
 
 _FILE_LIMIT_BYTES = 64 << 10
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -95,7 +96,7 @@ def look(profile: Profile, agent: Agent, lines: list[str] | None) -> Seen:
 def read_process(agent: Agent) -> Found | None:
     """Whether it runs, and in the foreground of its terminal: else what is typed there goes to somebody else."""
     stat = read_stat(agent.pid)
-    if stat is None or stat.start_ticks != agent.start_ticks or stat.state in "ZX":
+    if stat is None or stat.start_ticks != agent.start_ticks or stat.ended:
         return Found(State.STOPPED, f"process {agent.pid} has ended")
     if stat.state in "Tt":
         return Found(State.STOPPED, f"process {agent.pid} is stopped")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from governor import pins, poll_source, probe
-from governor.children import Child, Ended, spawn
-from governor.executor import Note
+from governor.children import Children, Ended, spawn
+from governor.journal import Note
 from governor.policy import SECOND, Source
 from governor.reflex_process import ReflexProcess
 
@@ -24,7 +23,7 @@ class Programs:
         self._note = note
         self.lost = False  # they cannot be had
 
-    def load(self, start: Callable[[Callable[[], Child], Callable[[Ended], None]], None]) -> None:
+    def load(self, children: Children) -> None:
         """Have them loaded, unless they are, or are not wanted."""
         if self._source in (Source.PSI, Source.POLL) or pins.current(self._instance):
             return
@@ -33,7 +32,7 @@ class Programs:
             return
         deadline_ns = time.monotonic_ns() + probe.LOAD_TIMEOUT_S * SECOND
         argv = tuple(probe.loader_command(self._instance))
-        start(lambda: spawn(argv, {}, deadline_ns, "loading the BPF programs"), self._loaded)
+        children.attempt(lambda: spawn(argv, {}, deadline_ns, "loading the BPF programs"), self._loaded)
 
     def _loaded(self, ended: Ended) -> None:
         error = probe.parse_loaded(ended.output, ended.status).get("error")

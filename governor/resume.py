@@ -7,7 +7,6 @@ knows no way to resume, or no session id could be read, there is no order, and n
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -36,16 +35,3 @@ def order(path: str, how: str, why: str, argv: tuple[str, ...]) -> None:
     with os.fdopen(fd, "wb") as file:
         file.write(orjson.dumps({"how": how, "why": why, "command": argv}))
     beside.rename(path)
-
-
-def kernel_kills(memcg_path: str) -> tuple[int, int]:
-    """How often the kernel's OOM killer chose somebody: in a memcg or below it, and on the whole machine."""
-    return _count(f"{memcg_path}/memory.events") or _count(f"{memcg_path}/memory.oom_control"), _count("/proc/vmstat")
-
-
-def _count(path: str) -> int:
-    with suppress(OSError, ValueError):
-        for line in Path(path).read_bytes().splitlines():
-            if line.startswith(b"oom_kill "):
-                return int(line.split()[1])
-    return 0

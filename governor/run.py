@@ -311,7 +311,7 @@ class Run:
     def _rest(self) -> list[subtree.Stat]:
         """What lives of the agent's tree: all that descends from us, but for its guard and that one's children."""
         found = subtree.descendants(os.getpid(), self._guard.pid)
-        return [stat for stat in found if stat.state not in "ZX"]
+        return [stat for stat in found if not stat.ended]
 
     def _end_the_rest(self) -> None:
         """What the agent left running goes on, unless we were told to end, or its container or memcg ends with us."""

@@ -39,6 +39,7 @@ from pathlib import Path
 import orjson
 
 from governor.model import Status, Tier
+from governor.record import LEVEL_NAMES, PAGE_BYTES, Record
 
 VERSION = 1
 _LINE_LIMIT_BYTES = 16 << 10
@@ -131,6 +132,17 @@ class Subscribers:
         """Say it to everybody."""
         for subscriber in list(self._subscribers.values()):
             self._say(subscriber, message, fields)
+
+    def tell_level(self, crossing: Record) -> None:
+        """A level was crossed."""
+        self.tell(
+            "memory",
+            level=LEVEL_NAMES[crossing.level],
+            rising=crossing.rising,
+            unreclaimable_bytes=crossing.bound_pages * PAGE_BYTES,
+            max_bytes=crossing.max_pages * PAGE_BYTES,
+            monotonic_ns=crossing.ktime_ns,
+        )
 
     def ask(self, tier: Tier, reason: str, deadline_ns: int, now_ns: int) -> bool:
         """Ask one who can; on_answer hears what becomes of it. False when there is nobody."""

@@ -1,7 +1,8 @@
-"""The agent's own processes, where its memcg may not be frozen: who they are, and signals that reach exactly them.
+"""Processes as /proc/PID/stat shows them; and an agent's own, where its memcg may not be frozen: who they are, and
+signals that reach exactly them.
 
-A process is a pid and the start ticks of /proc/PID/stat. Never one of governor's own processes, nor those that they
-descend from, nor process 1. Imported by the real-time process.
+A process is a pid and the start ticks of /proc/PID/stat. Never stopped: governor's own processes, what they descend
+from, and process 1. Imported by the real-time process.
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from typing import NamedTuple
 
 
 class Stat(NamedTuple):
-    """The start of /proc/PID/stat; start in clock ticks since boot."""
+    """What /proc/PID/stat says; start in clock ticks since boot, the groups in our PID namespace."""
 
     pid: int
     parent_pid: int
     start_ticks: int
     state: str  # one letter; T: stopped, t: traced, Z: ended
-    comm: bytes = b""
+    comm: str
+    group: int
+    terminal: int  # device number, 0: none
+    foreground_group: int  # of the terminal
+    flags: int  # linux/sched.h, PF_...
+    rss_pages: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether it only waits to be waited for."""
+        return self.state in "ZX"
 
     @property
     def stopped(self) -> bool:
@@ -31,18 +42,32 @@ def parse_stat(pid: int, data: bytes) -> Stat | None:
     """A line of /proc/PID/stat; the name in it may hold anything. None for what is none."""
     head, _, tail = data.rpartition(b")")
     fields = tail.split()
-    if len(fields) < 20:
+    if len(fields) < 22:
         return None
-    return Stat(pid, int(fields[1]), int(fields[19]), fields[0].decode(), head.partition(b"(")[2])
+    parent_pid, group, _, terminal, foreground_group, flags = map(int, fields[1:7])
+    comm = head.partition(b"(")[2].decode(errors="replace")
+    groups = (group, terminal, foreground_group)
+    return Stat(pid, parent_pid, int(fields[19]), fields[0].decode(), comm, *groups, flags, int(fields[21]))
 
 
 def read_stat(pid: int) -> Stat | None:
     """One process; None when it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  no pathlib here
-            return parse_stat(pid, file.read())
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # half of what a file object takes for it
+        try:
+            return parse_stat(pid, os.read(fd, 4096))
+        finally:
+            os.close(fd)
     except OSError:
         return None
+
+
+def ancestors(pid: int) -> list[int]:
+    """A process and those that it descends from."""
+    chain = [pid]
+    while (stat := read_stat(chain[-1])) and stat.parent_pid not in (0, *chain):
+        chain.append(stat.parent_pid)
+    return chain
 
 
 def memcg_pids(path: str) -> list[int]:
@@ -85,7 +110,7 @@ def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
     """The oldest process of a memcg, without those that are not to be touched; None when there is no other."""
     found = _read(set(memcg_pids(memcg_path)))
     untouchable = _untouchable(found, governor_pid)
-    running = [stat for stat in found.values() if stat.state not in "ZX" and stat.comm != b"governor-run"]
+    running = [stat for stat in found.values() if not stat.ended and stat.comm != "governor-run"]
     others = [stat for stat in running if stat.pid not in untouchable]
     return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
 
@@ -107,11 +132,8 @@ def _descent(found: dict[int, Stat], root_pid: int) -> list[int]:
 
 def _untouchable(found: dict[int, Stat], governor_pid: int, agent_pid: int = 0) -> set[int]:
     """governor, all that it descends from, process 1, and governor's children, unless the agent is one of them."""
-    chain = [governor_pid]
-    while (stat := read_stat(chain[-1])) and stat.parent_pid not in (0, *chain):
-        chain.append(stat.parent_pid)
     children = _descent(found, governor_pid)
-    return {1, os.getpid(), *chain, *(children if agent_pid not in children[1:] else ())}
+    return {1, os.getpid(), *ancestors(governor_pid), *(children if agent_pid not in children[1:] else ())}
 
 
 def send(pid: int, start_ticks: int, number: int) -> bool:

@@ -10,6 +10,7 @@ import re
 import stat
 import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from governor.policy_keys import Key, Unexpected, convert, hint, shown
@@ -62,6 +63,17 @@ def read_file(path: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FileError(path, [Fault(0, "", reason, "a file that can be read")]) from None
+
+
+def read_named(name_or_path: str, shipped: dict[str, Path], what: str) -> bytes:
+    """The bytes of what the package ships by that name, else of the file; `what` it is, as "preset".
+
+    Raises FileError.
+    """
+    if name_or_path not in shipped and "/" not in name_or_path and not Path(name_or_path).exists():
+        expected = f"a file, or a {what}: {', '.join(shipped)}{hint(name_or_path, list(shipped))}"
+        raise FileError(name_or_path, [Fault(0, "", f"no such file or {what}", expected)])
+    return read_file(str(shipped.get(name_or_path, name_or_path)))
 
 
 def read_tree(data: bytes, where: str) -> tuple[dict[str, Any], Lines]:

@@ -11,8 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from governor.record import PAGE_BYTES
-from governor.subtree import memcg_pids
+from governor.subtree import Stat, ancestors, memcg_pids, read_stat
 
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 # Start one program and wait for it: SIGTERM is for what they started.
@@ -40,20 +39,15 @@ class Process:
 
 
 def read_process(pid: int) -> Process | None:
-    """What /proc/PID/stat says; None when the process is gone."""
-    try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # half of what pathlib takes for it
-        try:
-            data = os.read(fd, 4096)
-        finally:
-            os.close(fd)
-    except OSError:
-        return None
-    head, _, tail = data.rpartition(b")")
-    fields = tail.split()
-    comm = head.partition(b"(")[2].decode(errors="replace")
-    forked_only = bool(int(fields[6]) & _PF_FORKNOEXEC)
-    return Process(pid, int(fields[1]), int(fields[19]), comm, int(fields[21]) * _PAGE_BYTES, forked_only)
+    """One process; None when it is gone."""
+    stat = read_stat(pid)
+    return process_of(stat) if stat else None
+
+
+def process_of(stat: Stat) -> Process:
+    """What its /proc/PID/stat says of its memory."""
+    forked_only = bool(stat.flags & _PF_FORKNOEXEC)
+    return Process(stat.pid, stat.parent_pid, stat.start_ticks, stat.comm, stat.rss_pages * _PAGE_BYTES, forked_only)
 
 
 def anonymous_bytes(pid: int) -> int | None:
@@ -66,7 +60,7 @@ def anonymous_bytes(pid: int) -> int | None:
             os.close(fd)
     except (OSError, ValueError):
         return None
-    return max(0, int(resident) - int(shared)) * PAGE_BYTES
+    return max(0, int(resident) - int(shared)) * _PAGE_BYTES
 
 
 def processes(path: str) -> list[Process]:
@@ -246,12 +240,7 @@ def _tree(
 
 
 def _with_ancestors(pids: Collection[int]) -> set[int]:
-    known: set[int] = set()
-    for pid in pids:
-        while pid and pid not in known:
-            known.add(pid)
-            pid = getattr(read_process(pid), "parent_pid", 0)
-    return known
+    return {each for pid in pids for each in ancestors(pid)}
 
 
 def _kill_verified(memcg_path: str, meant: list[Process]) -> list[Process]:

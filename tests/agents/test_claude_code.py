@@ -23,7 +23,8 @@ from governor.policy import SECOND
 from governor.profile_agent import find_agent
 from governor.profile_cli import attempt
 from governor.profile_state import State, look
-from tests.fakes.stage import PtyStage, TmuxStage, wait_for
+from tests.fakes.stage import PtyStage, TmuxStage
+from tests.waiting import wait_for
 
 FAKES = Path(__file__).resolve().parent.parent / "fakes"
 PROFILE = profile_file.load("claude-code").profile

@@ -14,19 +14,11 @@ import struct
 import subprocess
 import termios
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from tests.waiting import wait_for
+
 ROWS, COLUMNS = 30, 100
-
-
-def wait_for(what: Callable[[], object], within_s: float = 30) -> object:
-    until = time.monotonic() + within_s
-    while not (found := what()):
-        assert time.monotonic() < until, "it did not come to be"
-        time.sleep(0.02)
-    return found
 
 
 class TmuxStage:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,20 +15,11 @@ import pytest
 
 from governor import cgroup, cli, instance, pins, probe
 from governor.brake import KnobFile
+from tests.waiting import wait_for
 
 AGENT = Path(__file__).parent.parent / "fakes" / "agent.py"
 MIB = 1 << 20
 INSTANCE = "tests"
-
-
-def wait_for(condition, seconds=30.0, what="the condition"):
-    """Poll until the condition is true and return its value; fail after `seconds`."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
 
 
 class Container:

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import AGENT, MIB, wait_for
+from conftest import AGENT, MIB
 
 from governor import archive, cgroup, children, subtree
 from governor.actions import commands, processes, termination_log
 from governor.attribution import Attribution
 from governor.session_files import parse_pattern
+from tests.waiting import wait_for
 
 SECOND = 1_000_000_000
 

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import AGENT, wait_for
+from conftest import AGENT
+
+from tests.waiting import wait_for
 
 LINES = AGENT.with_name("lines.py")
 POLICY = '[compact]\nsettle = "2s"\n[clear]\nwarning = "1s"\nsettle = "2s"\n'

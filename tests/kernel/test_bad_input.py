@@ -4,9 +4,10 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
-from conftest import Guard, wait_for
+from conftest import Guard
 
 from governor import archive
+from tests.waiting import wait_for
 
 FAILING = """
 [compact]

@@ -3,9 +3,9 @@
 import select
 
 import pytest
-from conftest import wait_for
 
 from governor import archive
+from tests.waiting import wait_for
 
 BURSTS = ("touch", "huge", "read", "tmpfs", "threads", "processes", "populate")
 CASES = [(burst, limit_mib) for limit_mib in (64, 256) for burst in BURSTS]

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INSTANCE, Guard, wait_for
+from conftest import INSTANCE, Guard
 
 from governor import pins, record
+from tests.waiting import wait_for
 
 
 def governor(*arguments, status=0, **options):

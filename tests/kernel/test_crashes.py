@@ -6,7 +6,8 @@ import subprocess
 import time
 
 import pytest
-from conftest import wait_for
+
+from tests.waiting import wait_for
 
 PICTURE_MB = "64"  # makes an archive that takes a while: the brake is held meanwhile
 

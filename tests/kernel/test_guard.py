@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
-from conftest import MIB, Container, wait_for
+from conftest import MIB, Container
 
 from governor import archive, cgroup, record
 from governor.actions import processes
+from tests.waiting import wait_for
 
 TIERS = ("archived", "terminating", "killed", "deliver", "shed")
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from conftest import AGENT, INSTANCE, wait_for
+from conftest import AGENT, INSTANCE
+
+from tests.waiting import wait_for
 
 
 def is_saved(pod, governor, agent, statuses=(143, -9)):

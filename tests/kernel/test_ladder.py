@@ -7,7 +7,8 @@ import signal
 import subprocess
 
 import pytest
-from conftest import wait_for
+
+from tests.waiting import wait_for
 
 QUICK = """
 clear_after_compact = "60s"

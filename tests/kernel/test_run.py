@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import AGENT, MIB, wait_for
+from conftest import AGENT, MIB
 
 from governor import cgroup
+from tests.waiting import wait_for
 
 
 class Run:

@@ -9,9 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import AGENT, Container, Guard, wait_for
+from conftest import AGENT, Container, Guard
 
 from governor import bpflib, pins, record, subtree
+from tests.waiting import wait_for
 
 # Of this mount namespace only; without "bind" it would be everybody's.
 READ_ONLY = (

@@ -15,9 +15,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from conftest import AGENT, Guard, wait_for
+from conftest import AGENT, Guard
 
 from governor import archive, cgroup, state_file
+from tests.waiting import wait_for
 
 COUNT = int(os.environ.get("GOVERNOR_STORM_COUNT", "0"))
 SEED = int(os.environ.get("GOVERNOR_STORM_SEED") or time.time())

@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from conftest import wait_for
+
+from tests.waiting import wait_for
 
 POLICY = """
 [compact]

@@ -15,17 +15,10 @@ import termios
 import time
 from pathlib import Path
 
+from tests.waiting import wait_for
+
 RUN = [sys.executable, "-m", "governor", "run"]
 BOOT = f"import sys; sys.path.insert(0, {os.getcwd()!r}); from governor.run import main; sys.exit(main(sys.argv[1:]))"
-
-
-def wait_for(condition, seconds=20.0, what="the condition"):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
 
 
 BECOME = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"

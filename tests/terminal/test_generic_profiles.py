@@ -19,7 +19,8 @@ from governor.policy import SECOND
 from governor.profile_agent import find_agent
 from governor.profile_file import load
 from governor.profile_state import State, look
-from tests.fakes.stage import PtyStage, TmuxStage, wait_for
+from tests.fakes.stage import PtyStage, TmuxStage
+from tests.waiting import wait_for
 
 FAKES = Path(__file__).resolve().parent.parent / "fakes"
 

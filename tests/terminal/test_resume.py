@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from desk import RUN, AtTerminal, wait_for
+from desk import RUN, AtTerminal
 
 from governor import run_memcg, run_resume
+from tests.waiting import wait_for
 
 FAKE = Path(__file__).parent.parent / "fakes" / "resumable.py"
 PROFILE = """

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from desk import BOOT, RUN, resident, stat_of, wait_for
+from desk import BOOT, RUN, resident, stat_of
+
+from tests.waiting import wait_for
 
 PYTHON = sys.executable
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from desk import RUN, AtTerminal, resident, stat_of, wait_for
+from desk import RUN, AtTerminal, resident, stat_of
 
 from governor import run_memcg
+from tests.waiting import wait_for
 
 PYTHON = sys.executable
 ONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from desk import AtTerminal, ask, resident, wait_for
+from desk import AtTerminal, ask, resident
+
+from tests.waiting import wait_for
 
 
 def keys(text):

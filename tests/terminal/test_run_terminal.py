@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from desk import RUN, AtTerminal, Shell, ask, resident, stat_of, wait_for
+from desk import RUN, AtTerminal, Shell, ask, resident, stat_of
+
+from tests.waiting import wait_for
 
 PYTHON = sys.executable
 

@@ -18,8 +18,9 @@ from governor.channels import pty, tmux
 from governor.channels.pty import PtyTerminal, Renderer
 from governor.channels.terminal import ChannelError
 from governor.channels.tmux import TmuxTerminal
-from governor.profile_agent import read_stat
-from tests.fakes.stage import COLUMNS, ROWS, TmuxStage, wait_for
+from governor.subtree import read_stat
+from tests.fakes.stage import COLUMNS, ROWS, TmuxStage
+from tests.waiting import wait_for
 
 # What the renderer makes of output
 
@@ -262,7 +263,7 @@ def test_the_client_of_a_users_server_runs_as_that_user(tmp_path, monkeypatch):
         monkeypatch.setenv("SECRET", "not for them")
         ask = ["tmux", "-S", socket_path, "display-message", "-p", "#{pane_pid}"]
         pid = int(subprocess.run(ask, capture_output=True, check=True).stdout)
-        device = read_stat(pid).terminal
+        device = wait_for(lambda: read_stat(pid).terminal, what="a terminal of its own")
         assert TmuxTerminal(socket_path, "agent", uid, device).screen() == [""]
         who = (tmp_path / "who").read_text()
         assert who.startswith("65534\n65534\n")

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from governor.profile import Match, Profile, Screen, StateFile
-from governor.profile_agent import Agent, NoAgent, find_agent, read_stat
+from governor.profile_agent import Agent, NoAgent, find_agent
 from governor.profile_state import State, look, read_screen, read_state_file
+from governor.subtree import read_stat
 
 SPEC = StateFile(
     path="~/state-{pid}.json",

@@ -343,8 +343,8 @@ def test_a_line_that_is_none(data):
 
 
 def test_a_name_may_hold_anything():
-    stat = subtree.parse_stat(7, b"7 (a) T 1 (b) S 4 " + b"0 " * 17 + b"99 0 0\n")
-    assert stat == subtree.Stat(7, 4, 99, "S", b"a) T 1 (b")
+    stat = subtree.parse_stat(7, b"7 (a) T 1 (b) S 4 5 6 1025 -1 64 " + b"0 " * 12 + b"99 0 3 0\n")
+    assert stat == subtree.Stat(7, 4, 99, "S", "a) T 1 (b", 5, 1025, -1, 64, 3)
 
 
 def test_a_memcg_that_may_be_frozen_is(tmp_path, family):

@@ -1,0 +1,96 @@
+"""What the ladder knows of one memcg: fed with events, each step journaled, kept in a file, and carried out.
+
+The ladder itself is pure (`ladder.step`); what it decides is done by whoever `carry_out` is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+from governor import ladder, model, state_file
+from governor.agent_process import AgentProcess
+from governor.codec import plain
+from governor.journal import Journal, Note
+from governor.policy import SECOND, Policy
+from governor.tiers import since
+
+_JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
+
+
+class Decisions:
+    """The ladder's state of one governed memcg, and its policy."""
+
+    def __init__(self, target: str, policy: Policy, agent: AgentProcess, journal: Journal, note: Note) -> None:
+        """Knows nothing of an earlier governor before remember()."""
+        self.policy = policy
+        self.state = model.State()
+        self.carry_out: Callable[[model.Instruction, model.State], None] = lambda *_: None
+        self._target, self._agent = target, agent
+        self._journal, self._note = journal, note
+        self._path = state_file.path_for(target)
+        self._journaled_ns: int | None = None
+        self._journaled_ratio = 0.0
+        self._save_failed = False
+        self._remembers = False  # before, nothing may be saved over what an earlier governor knew
+
+    def remember(self) -> None:
+        """What an earlier governor knew of this target. What it had under way is not taken up again."""
+        saved, warning = state_file.load(self._path, self._target)
+        if warning:
+            self._note("state_aside", warning)
+        if saved:
+            same_agent = saved.agent == self._agent.identity
+            self.state = ladder.resumed(saved.state, same_agent, boottime_ns())
+        self._remembers = True
+
+    def reachable(self, can: Collection[model.Tier]) -> None:
+        """Tell the ladder what the agent can be asked for."""
+        if not self._remembers:
+            return
+        for tier, known in ((model.Tier.COMPACT, self.state.compact), (model.Tier.CLEAR, self.state.clear)):
+            if known.reachable != (tier in can):
+                self.feed(model.Reachable(tier, tier in can))
+
+    def feed(self, event: model.Event) -> None:
+        """Ask the ladder; journal and save what it says, and have it carried out."""
+        before, at_ns = self.state, boottime_ns()
+        self.state, instructions = ladder.step(before, event, at_ns, self.policy)
+        if self.state != before or instructions or self._worth_a_line(event, at_ns):
+            self._journal.write(
+                "step",
+                event=type(event).__name__,
+                of=plain(event),
+                now_ns=at_ns,
+                phase=self.state.phase.value,
+                rule=ladder.rule(before.phase, event, self.state.phase, instructions),
+                instructions=[{type(each).__name__: plain(each)} for each in instructions],
+            )
+        if self.state != before:
+            self._save()
+        for instruction in instructions:
+            self.carry_out(instruction, self.state)
+
+    def _worth_a_line(self, event: model.Event, at_ns: int) -> bool:
+        if not isinstance(event, model.Sampled) or event.state is None:
+            return not isinstance(event, model.Sampled)
+        ratio = event.state.unreclaimable_ratio
+        moved = abs(ratio - self._journaled_ratio) >= _JOURNALED_RATIO
+        if not moved and since(self._journaled_ns, at_ns) < _JOURNALED_NS:
+            return False
+        self._journaled_ns, self._journaled_ratio = at_ns, ratio
+        return True
+
+    def _save(self) -> None:
+        try:
+            state_file.save(self._path, state_file.Saved(self._target, self._agent.identity, self.state))
+            self._save_failed = False
+        except (OSError, TypeError, ValueError) as error:  # what cannot be saved must not keep us from acting
+            if not self._save_failed:
+                self._note("state_not_saved", f"the state cannot be saved: {error}; going on without it")
+            self._save_failed = True
+
+
+def boottime_ns() -> int:
+    """The ladder's clock: it goes on while the machine sleeps, and is not set."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

@@ -1,0 +1,100 @@
+"""Brings tiers 1 and 2 to the agent: by the policy's command or signal, by a subscriber, or typed into its terminal.
+
+Decides nothing; what became of a delivery goes to the ladder as `model.Answered`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from governor import delivery, model
+from governor.actions.commands import Commands, signal_agent
+from governor.agent_process import AgentProcess
+from governor.brake import SLOT, KnobFile
+from governor.children import Child, Children, Ended
+from governor.journal import Note
+from governor.limits import Limits
+from governor.model import Status, Tier
+from governor.policy import Delivery
+from governor.profile import Profile
+from governor.subscribers import Subscribers
+
+
+@dataclass(slots=True)
+class Deliveries:
+    """To the agent of one governed memcg; `feed` hands an event to the ladder."""
+
+    cgroup: str
+    agent: AgentProcess
+    knob_file: KnobFile
+    children: Children
+    commands: Commands
+    subscribers: Subscribers
+    note: Note
+    feed: Callable[[model.Event], None]
+    limits: Limits
+    profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
+    channel: str
+
+    @property
+    def can(self) -> frozenset[Tier]:
+        """What the agent can be asked for by a subscriber, or by what its profile says to type."""
+        typed = frozenset(tier for tier in Tier if self._types(tier)) if self.agent.pid else frozenset()
+        return self.subscribers.can | typed
+
+    def deliver(self, tier: Tier, reason: str, wanted: Delivery) -> None:
+        """Begin it by the way that the policy wants."""
+        if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
+            knobs.lift_high()
+            knobs.close()
+        how = wanted.exec or (wanted.signal or "socket",)
+        self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
+        if wanted.signal:
+            self._ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, wanted.signal))
+            return
+        now_ns = time.monotonic_ns()
+        deadline_ns = now_ns + wanted.deadline_ns
+        if not wanted.exec:
+            if not self.subscribers.ask(tier, reason, deadline_ns, now_ns):
+                self._type(tier, deadline_ns)
+            return
+        environment = {
+            "GOVERNOR_CGROUP": self.cgroup,
+            "GOVERNOR_AGENT_PID": str(self.agent.pid),
+            "GOVERNOR_TIER": tier.value,
+        }
+
+        def run() -> Child:
+            what = f"{tier.value}: {reason}"
+            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what)
+            if why_not:
+                self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
+            return child
+
+        self.children.attempt(run, lambda ended: self._ended(tier, ended))
+
+    def delivered(self, tier: Tier, status: Status, why: str) -> None:
+        """What became of a delivery, and what whoever was asked has to say of it."""
+        text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
+        self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
+        self.feed(model.Answered(tier, status, self.limits.memory_state(time.monotonic_ns())))
+
+    def _types(self, tier: Tier) -> bool:
+        """Whether it is known what to type, and where."""
+        return bool(self.channel and self.profile and self.profile.text(tier))
+
+    def _type(self, tier: Tier, deadline_ns: int) -> None:
+        profile = self.profile
+        if not profile or not self._types(tier):
+            self.delivered(tier, Status.FAILED, "nobody who can is subscribed any more")
+            return
+        self.children.attempt(
+            lambda: delivery.start(profile, tier, self.agent.pid, self.channel, deadline_ns),
+            lambda ended: self._ended(tier, ended),
+        )
+
+    def _ended(self, tier: Tier, ended: Ended) -> None:
+        status = Status.DELIVERED if ended.ok else Status.DEFERRED if ended.deferred else Status.FAILED
+        self.delivered(tier, status, ended.why)
