@@ -16,6 +16,7 @@ from governor import cgroup, guard_options, instance, profile_file, run_memcg
 from governor.cli_common import fail
 from governor.guard_options import Wishes
 from governor.policy_keys import Unexpected, duration_ns, size_bytes
+from governor.run_agent import NOT_EXECUTABLE
 
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
 _LEAST_BYTES = 1 << 20
@@ -70,7 +71,6 @@ def run(
     if unprotected:
         _say(f"NOT PROTECTED: {unprotected}; the agent runs all the same")
     options = {
-        "command": command,
         "socket_path": socket_path,
         "log_path": _log_path(pid),
         "memcg": made,
@@ -80,7 +80,13 @@ def run(
     }
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
-    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", boot, dumps(options)])
+    try:
+        # The command as words: one may have 128 KiB, and as JSON it would have more.
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", boot, dumps(options), *command])
+    except OSError as error:
+        if made:
+            run_memcg.remove(made)
+        fail(f"the command cannot be started: {error.strerror}", NOT_EXECUTABLE)
 
 
 def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object] | None, str]:
