@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import typer
 
-from governor import __version__, cgroup, guard_options, instance, limits, pins, policy_file, probe
+from governor import __version__, cgroup, guard_options, instance, leftovers, limits, pins, policy_file, probe
 from governor.archive_cli import ArchiveOption, archive_app
 from governor.cli_common import JsonOption, fail, out
 from governor.guard_options import Wishes
@@ -90,6 +90,7 @@ def guard(
         typer.echo(f"governor: {path} is already guarded by process {busy.pid}; leaving it to that", err=True)
         raise typer.Exit(0) from None
     _lock_instance(name)
+    leftovers.sweep()
     options = guard_options.build(memcg, name, wishes, pid)
     typer.echo(f"governor: guarding {path}", err=True)
     argument = orjson.dumps(options).decode()
@@ -141,7 +142,7 @@ def _checked(name: str) -> str:
 def _load(name: str, attach: str) -> dict[str, str]:
     result = probe.run_loader(name, attach)
     if error := result.get("error"):
-        fail(f"cannot load the BPF programs: {error}\ngovernor doctor shows what is missing")
+        fail(f"cannot load the BPF programs: {error}; governor doctor shows what is missing")
     return result
 
 
@@ -326,12 +327,16 @@ def _side_by_side(decision: Decision) -> str:
 
 @app.command()
 def off() -> None:
-    """Stop every governor on this machine, thaw all, restore all knobs, detach all programs."""
+    """Stop every governor on this machine, thaw all, restore all knobs, detach all programs.
+
+    Without root only your own.
+    """
     from governor.switch_off import switch_off
 
-    if os.geteuid() != 0:
-        fail("off needs root")
-    done = switch_off()
+    try:
+        done = switch_off()
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}")
     for line in done or ["nothing was on"]:
         out(line)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from governor import cgroup, guard_options, instance, profile_file, run_memcg
+from governor import cgroup, guard_options, instance, leftovers, profile_file, run_memcg
 from governor.cli_common import fail
 from governor.guard_options import Wishes
 from governor.policy_keys import Unexpected, duration_ns, size_bytes
@@ -102,6 +102,7 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
             return "", None, str(error)
         memcg = cgroup.Memcg(made)
     try:
+        leftovers.sweep()
         wishes = wishes._replace(policy=guard_options.check_policy(wishes.policy, memcg.path))
         name = f"guard-{memcg.cgroup_id}"
         guard = guard_options.build(memcg, name, wishes, None)
