@@ -10,6 +10,7 @@ import typer
 
 from governor import archive, instance
 from governor.cli_common import JsonOption, fail, out
+from governor.journal import printable
 
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 
@@ -29,7 +30,10 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
         typer.echo(
             f"governor: {len(others)} more in {usual}, the usual place and the one when another is full", err=True
         )
-    for name in archive.names(where):
+    names = archive.names(where)
+    if not names:
+        typer.echo(printable(f"governor: no archives in {where}"), err=True)
+    for name in names:
         try:
             manifest = archive.read_manifest(where, name)
         except archive.ArchiveError as error:

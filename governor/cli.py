@@ -18,7 +18,7 @@ import typer
 
 from governor import __version__, cgroup, guard_options, instance, leftovers, limits, pins, policy_file, probe
 from governor.archive_cli import ArchiveOption, archive_app
-from governor.cli_common import JsonOption, fail, out
+from governor.cli_common import JsonOption, fail, out, reason
 from governor.guard_options import Wishes
 from governor.journal import printable
 from governor.policy_cli import policy_app
@@ -40,6 +40,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(profile_app, name="profile")
 app.command(context_settings={"allow_interspersed_args": False})(run)
 
+_UNREADABLE_SHOWN = 5
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 
 
@@ -100,8 +101,8 @@ def guard(
 def _lock(name: str) -> None:
     try:
         instance.lock(name)
-    except PermissionError as error:
-        fail(f"{error.strerror}: {error.filename}; governor needs root for this")
+    except OSError as error:
+        fail(f"{reason(error)}: expected a directory to write to; run it as root, or set XDG_RUNTIME_DIR to one")
 
 
 def _lock_instance(name: str) -> None:
@@ -225,7 +226,7 @@ def watch(
 
     path = Path(os.path.realpath(target))
     if not (path / "memory.current").exists():
-        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT} with a memory.current", 2)
+        fail(f"found no memcg of cgroup v2 at {target}, expected one below {cgroup.ROOT}, with a memory.current", 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         run(path, json, seconds)
@@ -247,14 +248,13 @@ def hold(
         for_ns = duration_ns(0 if duration == "0" else duration)
     except Unexpected as error:
         fail(f"found {duration!r}, expected {error}", 2)
-    try:
-        guarded = instance.guarded()
-        wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
-        held = [cgroup_id for cgroup_id in wanted if cgroup_id in guarded]
-        for cgroup_id in held:
-            veto.hold(cgroup_id, for_ns)
-    except OSError as error:
-        fail(f"{error.strerror}: {error.filename}")
+    if target and not Path(target).is_dir():
+        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
+    guarded = instance.guarded()
+    wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
+    held = [cgroup_id for cgroup_id in wanted if cgroup_id in guarded]
+    for cgroup_id in held:
+        veto.hold(cgroup_id, for_ns)
     if not held:
         fail(f"{target} is not guarded" if target else "nothing is guarded: there is nothing to hold")
     for cgroup_id in held:
@@ -270,17 +270,21 @@ def why(
 
     Example: governor why
     """
-    from governor import told
+    from governor.told import read
 
     if target and not Path(target).is_dir():
         fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
     path = os.path.realpath(target) if target else cgroup.memcg_of("self") or cgroup.memcg_of("self", v1=True)
+    notices = []
     for place in (path, *limits.ancestors(path)) if path else ():
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):
-                for notice in told.read(cgroup_id, directory):
-                    out(notice)
+                notices += read(cgroup_id, directory)
+    for notice in notices:
+        out(notice)
+    if not notices:
+        typer.echo("governor: nothing was done to a tool here", err=True)
 
 
 @app.command()
@@ -304,7 +308,8 @@ def replay(
         for decision in replaying.replay(replaying.files(journal), wanted):
             if isinstance(decision, replaying.Unreadable):
                 unreadable += 1
-                typer.echo(f"governor: {printable(decision.where)} cannot be read: passed over", err=True)
+                if unreadable <= _UNREADABLE_SHOWN:
+                    typer.echo(f"governor: {printable(decision.where)} cannot be read: passed over", err=True)
                 continue
             steps += 1
             if decision.recorded != decision.replayed:
@@ -312,9 +317,10 @@ def replay(
                 typer.echo(orjson.dumps(decision).decode() if json else _side_by_side(decision))
     except policy_file.PolicyError as error:
         fail(str(error), 2)
-    except (replaying.ReplayError, OSError) as error:
+    except replaying.ReplayError as error:
         fail(str(error))
-    typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise", err=True)
+    passed_over = f"; {unreadable} lines could not be read" if unreadable else ""
+    typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise{passed_over}", err=True)
     raise typer.Exit(1 if differing and not policy else 0)
 
 
@@ -333,15 +339,15 @@ def off() -> None:
     """
     from governor.switch_off import switch_off
 
-    try:
-        done = switch_off()
-    except OSError as error:
-        fail(f"{error.strerror}: {error.filename}")
-    for line in done or ["nothing was on"]:
+    for line in switch_off() or ["nothing was on"]:
         out(line)
 
 
 def main() -> None:
     """Entry point of the `governor` command."""
     fill_standard_streams()
-    app()
+    try:
+        app()
+    except OSError as error:
+        typer.echo(printable(f"governor: {reason(error)}"), err=True)
+        sys.exit(1)

@@ -6,6 +6,7 @@ archives): $XDG_STATE_HOME/governor, else ~/.local/state/governor.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -27,8 +28,9 @@ def run_directory() -> Path:
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", f"/tmp/governor-{os.geteuid()}")  # noqa: S108
     path = Path(base) / "governor"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user; remove it")
+    for each, owners in ((path.parent, (0, os.geteuid())), (path, (os.geteuid(),))):
+        if each.stat().st_uid not in owners:  # who could put something else in its place
+            raise PermissionError(errno.EPERM, "belongs to another user", str(each))
     return path
 
 
@@ -38,8 +40,8 @@ def state_directory() -> Path:
     if not base:
         try:
             base = str(Path.home() / ".local" / "state")
-        except RuntimeError as error:
-            raise OSError(f"{error}; set HOME or XDG_STATE_HOME") from None
+        except RuntimeError:
+            raise OSError("this user has no home directory: set HOME or XDG_STATE_HOME") from None
     return Path(base) / "governor"
 
 

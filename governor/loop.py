@@ -438,7 +438,8 @@ def main() -> int:
     try:
         loop = Loop(guard)
     except (OSError, FileError) as error:
-        say(f"cannot guard {guard.cgroup}: {error}")
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        say(f"cannot guard {guard.cgroup}: {why}")
         if guard.unload_at_end:
             pins.unload(guard.instance)
         return 1

@@ -154,8 +154,11 @@ def _known_by_name(program: str) -> str:
 
 
 def _log_path(pid: int) -> str:
-    """A new log; all but the newest of those that ended are removed."""
-    directory = instance.state_directory()
+    """A new log, "" where there can be none; all but the newest of those that ended are removed."""
+    try:
+        directory = instance.state_directory()
+    except OSError:  # then nothing is guarded either, and that is said
+        return ""
     logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
     for path in logs[:-_LOGS]:
         if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
