@@ -18,6 +18,7 @@ ArchiveOption = Annotated[
     Path | None,
     typer.Option("--archive-dir", help="Where archives are [default: under the state directory]."),
 ]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An archive, as list names it.")]
 
 
 @archive_app.command("list")
@@ -47,7 +48,7 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
 
 
 @archive_app.command("verify")
-def archive_verify(name: str, directory: ArchiveOption = None) -> None:
+def archive_verify(name: NameArgument, directory: ArchiveOption = None) -> None:
     """Read an archive and compare every file with the manifest."""
     try:
         manifest = archive.verify(_archives(directory), name)
@@ -58,7 +59,7 @@ def archive_verify(name: str, directory: ArchiveOption = None) -> None:
 
 @archive_app.command("restore")
 def archive_restore(
-    name: str,
+    name: NameArgument,
     to: Annotated[Path, typer.Option(help="Directory below which the files are written; / for where they were.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     directory: ArchiveOption = None,

@@ -34,6 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # "[default: ...]" is text
+    context_settings={"max_content_width": 118},
 )
 app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
@@ -214,7 +216,7 @@ def _fact(name: str, value: object) -> str:
 
 @app.command()
 def watch(
-    target: Annotated[str, typer.Argument(help="A memcg: a path below /sys/fs/cgroup.")],
+    target: Annotated[str, typer.Argument(metavar="CGROUP", help="A memcg: a path below /sys/fs/cgroup.")],
     json: JsonOption = False,
     seconds: Annotated[float | None, typer.Option("--for", help="Stop after so many seconds.")] = None,
 ) -> None:
@@ -234,7 +236,7 @@ def watch(
 
 @app.command()
 def hold(
-    duration: Annotated[str, typer.Argument(help='For how long: "10m", "90s"; "0" ends a hold.')],
+    duration: Annotated[str, typer.Argument(metavar="DURATION", help='For how long: "10m", "90s"; "0" ends a hold.')],
     target: Annotated[str, typer.Option("--cgroup", help="Only this memcg [default: all that are guarded].")] = "",
 ) -> None:
     """Forbid everything but the brake for a while: no compact, clear, shed or terminate.
@@ -289,7 +291,9 @@ def why(
 
 @app.command()
 def replay(
-    journal: Annotated[Path, typer.Argument(help="A journal; what was rotated away from it is read as well.")],
+    journal: Annotated[
+        Path, typer.Argument(metavar="JOURNAL", help="A journal; what was rotated away from it is read as well.")
+    ],
     policy: Annotated[str, typer.Option(help="Decide by this preset or file instead.")] = "",
     json: JsonOption = False,
 ) -> None:

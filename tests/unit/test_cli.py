@@ -47,6 +47,13 @@ def test_what_is_said_of_wrong_use(run, words, status, said):
     assert done.stdout == ""
 
 
+def test_help_says_the_defaults_and_no_less():
+    done = CliRunner().invoke(cli.app, ["run", "--help"])
+    assert "What kind of agent it is [default: known by its name]." in " ".join(done.output.split())
+    listed = CliRunner().invoke(cli.app, ["--help"], terminal_width=120).output
+    assert "..." not in listed.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize(
     "words", [["hold", "10m"], ["off"], ["guard", "--cgroup", "MEMCG"]], ids=lambda words: words[0]
 )
