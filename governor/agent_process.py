@@ -14,6 +14,7 @@ from governor.profile_agent import Agent, NoAgent, find_agent
 from governor.session_files import Pattern, home_of, parse_pattern
 
 _STARTING_S = 10.0
+_LOOK_AGAIN_NS = 5_000_000_000
 
 
 class AgentProcess:
@@ -40,6 +41,8 @@ class AgentProcess:
         self._home = "/"
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
+        self._looked_ns = 0
+        self._below: set[tuple[int, int, str, bool]] = set()  # who descends from a stand-in, at the last look
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
 
     def find(self) -> bool:
@@ -65,6 +68,23 @@ class AgentProcess:
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
+
+    def is_stand_in(self, now_ns: int) -> bool:
+        """Whether what the profile means has come by now, beside or in place of whoever was taken for it.
+
+        To be asked while nothing grows: looks every five seconds, and at more than /proc/PID/stat only if there is
+        somebody new.
+        """
+        if self.pidfd < 0 or self.known or not self._match or not self._match.process:
+            return False
+        if now_ns - self._looked_ns < _LOOK_AGAIN_NS:
+            return False
+        self._looked_ns = now_ns
+        members = map(processes.process_of, subtree.members(self.pid, self._cgroup, os.getpid()))
+        below = {(each.pid, each.start_ticks, each.comm, each.forked_only) for each in members}
+        has_news = not below <= self._below
+        self._below = below
+        return has_news and self._meant(self.pid) is not None
 
     def _meant(self, pid: int) -> Agent | None:
         """Of a process and what it started the one that the profile means."""
@@ -109,10 +129,15 @@ class AgentProcess:
 
     def forget(self) -> None:
         """It ended."""
+        self.let_go()
+        if not self._only_wanted:
+            self._wanted_pid = 0
+
+    def let_go(self) -> None:
+        """To be found anew, from where it was looked for before."""
         with suppress(OSError):
             os.close(self.pidfd)
         self.pid = self.start_ticks = 0
-        if not self._only_wanted:
-            self._wanted_pid = 0
         self.pidfd = -1
         self._patterns = {}
+        self._below = set()

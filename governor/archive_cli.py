@@ -10,6 +10,7 @@ import typer
 
 from governor import archive, instance
 from governor.cli_common import JsonOption, fail, out
+from governor.journal import printable
 
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 
@@ -17,6 +18,7 @@ ArchiveOption = Annotated[
     Path | None,
     typer.Option("--archive-dir", help="Where archives are [default: under the state directory]."),
 ]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An archive, as list names it.")]
 
 
 @archive_app.command("list")
@@ -29,7 +31,10 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
         typer.echo(
             f"governor: {len(others)} more in {usual}, the usual place and the one when another is full", err=True
         )
-    for name in archive.names(where):
+    names = archive.names(where)
+    if not names:
+        typer.echo(printable(f"governor: no archives in {where}"), err=True)
+    for name in names:
         try:
             manifest = archive.read_manifest(where, name)
         except archive.ArchiveError as error:
@@ -43,7 +48,7 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
 
 
 @archive_app.command("verify")
-def archive_verify(name: str, directory: ArchiveOption = None) -> None:
+def archive_verify(name: NameArgument, directory: ArchiveOption = None) -> None:
     """Read an archive and compare every file with the manifest."""
     try:
         manifest = archive.verify(_archives(directory), name)
@@ -54,7 +59,7 @@ def archive_verify(name: str, directory: ArchiveOption = None) -> None:
 
 @archive_app.command("restore")
 def archive_restore(
-    name: str,
+    name: NameArgument,
     to: Annotated[Path, typer.Option(help="Directory below which the files are written; / for where they were.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     directory: ArchiveOption = None,

@@ -88,6 +88,20 @@ class KnobFile:
             return None
         return Knobs(memcg, self.memory, slot * SLOT_BYTES)
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether restore_all() has something to undo."""
+        return any(self._is_turned(slot) for slot in self.slots())
+
+    def _is_turned(self, slot: int) -> bool:
+        if self.memory[slot * SLOT_BYTES + _OFF_FROZEN] == STOP:
+            return True
+        knobs = self.knobs(slot)
+        if knobs is None:
+            return False
+        knobs.close()
+        return knobs.frozen_by_us or knobs.high_set_by_us
+
     def restore_all(self) -> list[str]:
         """Undo every turn in the file; a line for each memcg that had one."""
         told = []

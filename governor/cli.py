@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import typer
 
-from governor import __version__, cgroup, guard_options, instance, limits, pins, policy_file, probe
+from governor import __version__, cgroup, guard_options, instance, leftovers, limits, pins, policy_file, probe
 from governor.archive_cli import ArchiveOption, archive_app
-from governor.cli_common import JsonOption, fail, out
+from governor.cli_common import JsonOption, fail, out, reason
 from governor.guard_options import Wishes
 from governor.journal import printable
 from governor.policy_cli import policy_app
@@ -34,12 +34,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # "[default: ...]" is text
+    context_settings={"max_content_width": 118},
 )
 app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
 app.add_typer(profile_app, name="profile")
 app.command(context_settings={"allow_interspersed_args": False})(run)
 
+_UNREADABLE_SHOWN = 5
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 
 
@@ -90,6 +93,7 @@ def guard(
         typer.echo(f"governor: {path} is already guarded by process {busy.pid}; leaving it to that", err=True)
         raise typer.Exit(0) from None
     _lock_instance(name)
+    leftovers.sweep()
     options = guard_options.build(memcg, name, wishes, pid)
     typer.echo(f"governor: guarding {path}", err=True)
     argument = orjson.dumps(options).decode()
@@ -99,8 +103,8 @@ def guard(
 def _lock(name: str) -> None:
     try:
         instance.lock(name)
-    except PermissionError as error:
-        fail(f"{error.strerror}: {error.filename}; governor needs root for this")
+    except OSError as error:
+        fail(f"{reason(error)}: expected a directory to write to; run it as root, or set XDG_RUNTIME_DIR to one")
 
 
 def _lock_instance(name: str) -> None:
@@ -141,7 +145,7 @@ def _checked(name: str) -> str:
 def _load(name: str, attach: str) -> dict[str, str]:
     result = probe.run_loader(name, attach)
     if error := result.get("error"):
-        fail(f"cannot load the BPF programs: {error}\ngovernor doctor shows what is missing")
+        fail(f"cannot load the BPF programs: {error}; governor doctor shows what is missing")
     return result
 
 
@@ -212,7 +216,7 @@ def _fact(name: str, value: object) -> str:
 
 @app.command()
 def watch(
-    target: Annotated[str, typer.Argument(help="A memcg: a path below /sys/fs/cgroup.")],
+    target: Annotated[str, typer.Argument(metavar="CGROUP", help="A memcg: a path below /sys/fs/cgroup.")],
     json: JsonOption = False,
     seconds: Annotated[float | None, typer.Option("--for", help="Stop after so many seconds.")] = None,
 ) -> None:
@@ -224,7 +228,7 @@ def watch(
 
     path = Path(os.path.realpath(target))
     if not (path / "memory.current").exists():
-        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT} with a memory.current", 2)
+        fail(f"found no memcg of cgroup v2 at {target}, expected one below {cgroup.ROOT}, with a memory.current", 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         run(path, json, seconds)
@@ -232,7 +236,7 @@ def watch(
 
 @app.command()
 def hold(
-    duration: Annotated[str, typer.Argument(help='For how long: "10m", "90s"; "0" ends a hold.')],
+    duration: Annotated[str, typer.Argument(metavar="DURATION", help='For how long: "10m", "90s"; "0" ends a hold.')],
     target: Annotated[str, typer.Option("--cgroup", help="Only this memcg [default: all that are guarded].")] = "",
 ) -> None:
     """Forbid everything but the brake for a while: no compact, clear, shed or terminate.
@@ -246,14 +250,13 @@ def hold(
         for_ns = duration_ns(0 if duration == "0" else duration)
     except Unexpected as error:
         fail(f"found {duration!r}, expected {error}", 2)
-    try:
-        guarded = instance.guarded()
-        wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
-        held = [cgroup_id for cgroup_id in wanted if cgroup_id in guarded]
-        for cgroup_id in held:
-            veto.hold(cgroup_id, for_ns)
-    except OSError as error:
-        fail(f"{error.strerror}: {error.filename}")
+    if target and not Path(target).is_dir():
+        fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
+    guarded = instance.guarded()
+    wanted = [Path(os.path.realpath(target)).stat().st_ino] if target else list(guarded)
+    held = [cgroup_id for cgroup_id in wanted if cgroup_id in guarded]
+    for cgroup_id in held:
+        veto.hold(cgroup_id, for_ns)
     if not held:
         fail(f"{target} is not guarded" if target else "nothing is guarded: there is nothing to hold")
     for cgroup_id in held:
@@ -269,22 +272,28 @@ def why(
 
     Example: governor why
     """
-    from governor import told
+    from governor.told import read
 
     if target and not Path(target).is_dir():
         fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
     path = os.path.realpath(target) if target else cgroup.memcg_of("self") or cgroup.memcg_of("self", v1=True)
+    notices = []
     for place in (path, *limits.ancestors(path)) if path else ():
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):
-                for notice in told.read(cgroup_id, directory):
-                    out(notice)
+                notices += read(cgroup_id, directory)
+    for notice in notices:
+        out(notice)
+    if not notices:
+        typer.echo("governor: nothing was done to a tool here", err=True)
 
 
 @app.command()
 def replay(
-    journal: Annotated[Path, typer.Argument(help="A journal; what was rotated away from it is read as well.")],
+    journal: Annotated[
+        Path, typer.Argument(metavar="JOURNAL", help="A journal; what was rotated away from it is read as well.")
+    ],
     policy: Annotated[str, typer.Option(help="Decide by this preset or file instead.")] = "",
     json: JsonOption = False,
 ) -> None:
@@ -303,7 +312,8 @@ def replay(
         for decision in replaying.replay(replaying.files(journal), wanted):
             if isinstance(decision, replaying.Unreadable):
                 unreadable += 1
-                typer.echo(f"governor: {printable(decision.where)} cannot be read: passed over", err=True)
+                if unreadable <= _UNREADABLE_SHOWN:
+                    typer.echo(f"governor: {printable(decision.where)} cannot be read: passed over", err=True)
                 continue
             steps += 1
             if decision.recorded != decision.replayed:
@@ -311,9 +321,10 @@ def replay(
                 typer.echo(orjson.dumps(decision).decode() if json else _side_by_side(decision))
     except policy_file.PolicyError as error:
         fail(str(error), 2)
-    except (replaying.ReplayError, OSError) as error:
+    except replaying.ReplayError as error:
         fail(str(error))
-    typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise", err=True)
+    passed_over = f"; {unreadable} lines could not be read" if unreadable else ""
+    typer.echo(f"governor: {steps} steps, {differing} of them decided otherwise{passed_over}", err=True)
     raise typer.Exit(1 if differing and not policy else 0)
 
 
@@ -326,17 +337,21 @@ def _side_by_side(decision: Decision) -> str:
 
 @app.command()
 def off() -> None:
-    """Stop every governor on this machine, thaw all, restore all knobs, detach all programs."""
+    """Stop every governor on this machine, thaw all, restore all knobs, detach all programs.
+
+    Without root only your own.
+    """
     from governor.switch_off import switch_off
 
-    if os.geteuid() != 0:
-        fail("off needs root")
-    done = switch_off()
-    for line in done or ["nothing was on"]:
+    for line in switch_off() or ["nothing was on"]:
         out(line)
 
 
 def main() -> None:
     """Entry point of the `governor` command."""
     fill_standard_streams()
-    app()
+    try:
+        app()
+    except OSError as error:
+        typer.echo(printable(f"governor: {reason(error)}"), err=True)
+        sys.exit(1)

@@ -43,6 +43,11 @@ def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
         raise typer.Exit(2) from None
 
 
+def reason(error: OSError) -> str:
+    """What is wrong with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+
+
 def fail(text: str, status: int = 1) -> NoReturn:
     """Say what is wrong, escaped as in `out`, and exit."""
     typer.echo(printable(f"governor: {text}"), err=True)

@@ -49,8 +49,7 @@ class Deliveries:
         if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
             knobs.lift_high()
             knobs.close()
-        how = wanted.exec or (wanted.signal or "socket",)
-        self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=how)
+        self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=self._how(tier, wanted))
         if wanted.signal:
             self._ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, wanted.signal))
             return
@@ -80,6 +79,14 @@ class Deliveries:
         text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
         self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
         self.feed(model.Answered(tier, status, self.limits.memory_state(time.monotonic_ns())))
+
+    def _how(self, tier: Tier, wanted: Delivery) -> tuple[str, ...]:
+        """The command's words, the signal's name, or who does it."""
+        if wanted.exec or wanted.signal:
+            return wanted.exec or (wanted.signal,)
+        if tier in self.subscribers.can:
+            return ("subscriber",)
+        return ("typed", self.channel) if self._types(tier) else ("nobody",)
 
     def _types(self, tier: Tier) -> bool:
         """Whether it is known what to type, and where."""

@@ -11,6 +11,8 @@ Between the last look and Enter lie a few milliseconds in which a dialog may sti
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ _STANDS_NS = 3 * SECOND  # for the text to come to stand in the input
 _STASH_NS = SECOND
 _ROOM_NS = 5 * SECOND  # with less time than this nothing is begun
 _END_NS = 500 * MS  # before the deadline: to say what was seen
+_CPU_S = 30  # of a CPU, for a whole delivery
 _BACKSPACE = b"\x7f"
 
 
@@ -52,6 +55,7 @@ def start(profile: Profile, tier: Tier, pid: int, channel: str, deadline_ns: int
     """
 
     def work() -> bytes:
+        _limit_cpu()
         try:
             agent = find_agent(profile.match, pid)
             outcome = deliver(profile, tier, agent, open_terminal(channel, agent), deadline_ns)
@@ -65,6 +69,17 @@ def start(profile: Profile, tier: Tier, pid: int, channel: str, deadline_ns: int
         return reason.encode()
 
     return fork(work, deadline_ns, f"{tier.value} by profile {profile.name}", is_delivery=True)
+
+
+def _limit_cpu() -> None:
+    """What the agent writes decides how long it takes to look: no more of a CPU than this in all."""
+
+    def over(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # it comes again each second, until SIGKILL
+        raise ChannelError(f"its output took more than {_CPU_S} s of CPU time")
+
+    signal.signal(signal.SIGXCPU, over)
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 5))
 
 
 def open_terminal(channel: str, agent: Agent) -> Terminal | None:

@@ -6,9 +6,13 @@ archives): $XDG_STATE_HOME/governor, else ~/.local/state/governor.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import time
 from pathlib import Path
+
+_TRIES, _AGAIN_S = 50, 0.01
 
 
 class Busy(Exception):
@@ -24,8 +28,9 @@ def run_directory() -> Path:
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", f"/tmp/governor-{os.geteuid()}")  # noqa: S108
     path = Path(base) / "governor"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user; remove it")
+    for each, owners in ((path.parent, (0, os.geteuid())), (path, (os.geteuid(),))):
+        if each.stat().st_uid not in owners:  # who could put something else in its place
+            raise PermissionError(errno.EPERM, "belongs to another user", str(each))
     return path
 
 
@@ -35,48 +40,74 @@ def state_directory() -> Path:
     if not base:
         try:
             base = str(Path.home() / ".local" / "state")
-        except RuntimeError as error:
-            raise OSError(f"{error}; set HOME or XDG_STATE_HOME") from None
+        except RuntimeError:
+            raise OSError("this user has no home directory: set HOME or XDG_STATE_HOME") from None
     return Path(base) / "governor"
 
 
 def lock(name: str) -> int:
     """Take a lock and return its descriptor, which an exec keeps; raises Busy with the holder's pid."""
     path = run_directory() / f"{name}.lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    os.set_inheritable(fd, True)
+    for _ in range(_TRIES):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            _take(fd, path)
+        except Busy as busy:
+            os.close(fd)
+            if busy.pid and Path(f"/proc/{busy.pid}").exists():
+                raise
+            time.sleep(_AGAIN_S)  # somebody only looks whether it is held, or has removed it
+            continue
+        os.set_inheritable(fd, True)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+    raise Busy(path, 0)
+
+
+def take_unused(path: Path) -> int:
+    """Take a lock that nobody holds, without a word of who has it now; its descriptor. Raises Busy, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _take(fd, path)
+    except Busy:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _take(fd: int, path: Path) -> None:
+    """Raises Busy where somebody else holds it, or it is not the one of that name any more."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).strip()
-        os.close(fd)
         raise Busy(path, int(holder) if holder.isdigit() else 0) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+    if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
+        raise Busy(path, 0)
 
 
 def holders() -> list[int]:
     """Pids of all processes that hold a lock now."""
-    found = set()
-    for path in run_directory().glob("*.lock"):
-        try:
-            os.close(lock(path.stem))
-        except Busy as busy:
-            found.add(busy.pid)
-    return sorted(found - {0})
+    return sorted(set(_held("*.lock").values()) - {0})
 
 
 def guarded() -> dict[int, int]:
     """The cgroup id of every memcg that is guarded now, with the pid that guards it; raises OSError."""
+    held = {name.removeprefix("memcg-"): pid for name, pid in _held("memcg-*.lock").items()}
+    return {int(number): pid for number, pid in held.items() if number.isdigit()}
+
+
+def _held(pattern: str) -> dict[str, int]:
+    """The locks that are held, by their names, with the pids of their holders."""
     found = {}
-    for path in run_directory().glob("memcg-*.lock"):
-        number = path.stem.removeprefix("memcg-")
+    for path in run_directory().glob(pattern):
         try:
-            os.close(lock(path.stem))
+            os.close(take_unused(path))
         except Busy as busy:
-            if number.isdigit():
-                found[int(number)] = busy.pid
+            found[path.stem] = busy.pid
+        except FileNotFoundError:
+            continue
     return found
 
 

@@ -133,7 +133,7 @@ class Loop:
             left_over.close()
         self._commands.sweep()
         self._listen()
-        self._find_agent()
+        self._find_agent(time.monotonic_ns())
         self._decisions.remember()
         self._reachable()
         self._journal.begin()
@@ -153,7 +153,7 @@ class Loop:
     def _once(self, wake_fd: int) -> None:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
-        self._find_agent()
+        self._find_agent(now_ns)
         if self._decisions.state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
             self._children.prolong(now_ns - self._turned_ns)
             self._subscribers.prolong(now_ns - self._turned_ns)
@@ -181,8 +181,11 @@ class Loop:
             and since(state.probation_ns, boottime_ns()) > self._policy.brake.probation_ns
         ):
             return signals.raised_interval_ns  # full, but it has sat still for long
-        raised = self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
-        return _SAMPLE_NS.get(state.phase, signals.raised_interval_ns if raised else signals.interval_ns)
+        usual_ns = signals.raised_interval_ns if self._is_raised() else signals.interval_ns
+        return _SAMPLE_NS.get(state.phase, usual_ns)
+
+    def _is_raised(self) -> bool:
+        return self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
 
     def _catch_signals(self) -> int:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -343,7 +346,11 @@ class Loop:
 
     # The agent
 
-    def _find_agent(self) -> None:
+    def _find_agent(self, now_ns: int) -> None:
+        calm = self._decisions.state.phase is Phase.WATCHING and not self._is_raised()
+        if calm and self._agent.is_stand_in(now_ns):
+            self._poller.unregister(self._agent.pidfd)
+            self._agent.let_go()
         if self._stopping or not self._agent.find():
             return
         self._poller.register(self._agent.pidfd, select.POLLIN)
@@ -431,7 +438,8 @@ def main() -> int:
     try:
         loop = Loop(guard)
     except (OSError, FileError) as error:
-        say(f"cannot guard {guard.cgroup}: {error}")
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        say(f"cannot guard {guard.cgroup}: {why}")
         if guard.unload_at_end:
             pins.unload(guard.instance)
         return 1

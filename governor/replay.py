@@ -78,7 +78,7 @@ def replay(paths: list[Path], policy: Policy | None = None) -> Iterator[Decision
                 tuple(told({type(each).__name__: plain(each)}) for each in instructions),
             )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ReplayError(f"{where}: {error!r}: no line of a governor journal, or of another version") from error
+            raise ReplayError(f"{where}: no line of a governor journal, or of another version ({error!r})") from error
     if state is None:
         raise ReplayError(f"found no line of kind begin in {', '.join(map(str, paths))}: not a governor journal")
 

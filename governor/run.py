@@ -103,7 +103,11 @@ class Run:
         finally:
             if self._terminal:
                 self._terminal.leave()
-        self._end_the_rest()
+        if self._ends_the_rest():
+            self._end_the_rest()
+            self._pass_the_last()
+        elif not self._terminal:
+            self._streams.outward.leave_behind()
         self._end_governor()
         assert self._status is not None
         return self._status
@@ -308,15 +312,23 @@ class Run:
             if not outward.fill():
                 return
 
+    def _pass_the_last(self) -> None:
+        """To a reader of a pipe, what was written while it was ended; a terminal has its modes back by now."""
+        if not self._terminal:
+            self._read_the_last()
+            while self._goes_on():
+                self._turn()
+
     def _rest(self) -> list[subtree.Stat]:
         """What lives of the agent's tree: all that descends from us, but for its guard and that one's children."""
         found = subtree.descendants(os.getpid(), self._guard.pid)
         return [stat for stat in found if not stat.ended]
 
-    def _end_the_rest(self) -> None:
+    def _ends_the_rest(self) -> bool:
         """What the agent left running goes on, unless we were told to end, or its container or memcg ends with us."""
-        if os.getpid() != 1 and not self._options.memcg and self._kill_at_ns is None:
-            return
+        return os.getpid() == 1 or bool(self._options.memcg) or self._kill_at_ns is not None
+
+    def _end_the_rest(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             rest = self._rest()
             for stat in rest:
@@ -435,11 +447,11 @@ def _forget(fd: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point: a JSON object with the fields of Options as the only argument."""
+    """Entry point: a JSON object with the other fields of Options, and the command, word for word."""
     fill_standard_streams()
     try:
         with open("/proc/self/comm", "w") as name:  # noqa: PTH123  a guard started by others looks for the agent below
             name.write("governor-run")
     except OSError:  # no /proc
         pass
-    return Run(Options(**json.loads(arguments[0]))).run()
+    return Run(Options(arguments[1:], **json.loads(arguments[0]))).run()

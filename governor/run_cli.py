@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 
-from governor import cgroup, guard_options, instance, profile_file, run_memcg
+from governor import cgroup, guard_options, instance, leftovers, profile_file, run_memcg
 from governor.cli_common import fail
 from governor.guard_options import Wishes
 from governor.policy_keys import Unexpected, duration_ns, size_bytes
+from governor.run_agent import NOT_EXECUTABLE
 
 _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h; an exec keeps it
 _LEAST_BYTES = 1 << 20
@@ -70,7 +71,6 @@ def run(
     if unprotected:
         _say(f"NOT PROTECTED: {unprotected}; the agent runs all the same")
     options = {
-        "command": command,
         "socket_path": socket_path,
         "log_path": _log_path(pid),
         "memcg": made,
@@ -80,7 +80,13 @@ def run(
     }
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
-    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", boot, dumps(options)])
+    try:
+        # The command as words: one may have 128 KiB, and as JSON it would have more.
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", boot, dumps(options), *command])
+    except OSError as error:
+        if made:
+            run_memcg.remove(made)
+        fail(f"the command cannot be started: {error.strerror}", NOT_EXECUTABLE)
 
 
 def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object] | None, str]:
@@ -96,6 +102,7 @@ def _protection(wishes: Wishes, limit_bytes: int) -> tuple[str, dict[str, object
             return "", None, str(error)
         memcg = cgroup.Memcg(made)
     try:
+        leftovers.sweep()
         wishes = wishes._replace(policy=guard_options.check_policy(wishes.policy, memcg.path))
         name = f"guard-{memcg.cgroup_id}"
         guard = guard_options.build(memcg, name, wishes, None)
@@ -147,8 +154,11 @@ def _known_by_name(program: str) -> str:
 
 
 def _log_path(pid: int) -> str:
-    """A new log; all but the newest of those that ended are removed."""
-    directory = instance.state_directory()
+    """A new log, "" where there can be none; all but the newest of those that ended are removed."""
+    try:
+        directory = instance.state_directory()
+    except OSError:  # then nothing is guarded either, and that is said
+        return ""
     logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
     for path in logs[:-_LOGS]:
         if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():

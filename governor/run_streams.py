@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import stat
 import time
@@ -39,6 +40,16 @@ def fill_standard_streams() -> None:
             os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # an exec would close it again
 
 
+def _close_all_but(kept: set[int]) -> None:
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for fd in {0, 1, 2} - kept:
+        os.dup2(null, fd)
+    begin = 3
+    for fd in [*sorted(fd for fd in kept if fd > 2), os.sysconf("SC_OPEN_MAX")]:
+        os.closerange(begin, fd)
+        begin = fd + 1
+
+
 class Sink:
     """A descriptor to write to, of whatever kind, that never blocks."""
 
@@ -66,6 +77,11 @@ class Sink:
         if self._most_bytes == _WITHOUT_ASKING_BYTES and not select.select([], [self.fd], [], 0)[1]:
             raise BlockingIOError
         return os.write(self.fd, data[: self._most_bytes])
+
+    @property
+    def fds(self) -> set[int]:
+        """What it writes to."""
+        return {self._socket.fileno() if self._socket else self.fd, self.fd}
 
     def close(self) -> None:
         """Close it, but for a descriptor that governor was given."""
@@ -175,6 +191,32 @@ class Flow:
                 return
             del self._waiting[:taken]
             self._taken_ns = time.monotonic_ns()
+
+    def leave_behind(self) -> None:
+        """Have a process of its own pass on what others than the agent may write later, as if nobody were between.
+
+        It ends with the last who can write, or when nobody reads any more. Ours are closed.
+        """
+        if self.source >= 0 and self.sink and os.fork() == 0:
+            try:
+                self._stay_behind(self.sink)
+            finally:
+                os._exit(0)
+        self.close()
+
+    def _stay_behind(self, sink: Sink) -> None:
+        os.setsid()  # what is typed at a terminal is not meant for it
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        _close_all_but({self.source, *sink.fds})
+        while not self.is_over and self.sink:
+            poller = select.poll()
+            for fd, events in self.wants(time.monotonic_ns()).items():
+                poller.register(fd, events)
+            for fd, events in poller.poll():
+                self.on_ready(fd, events)
 
     def _source_ended(self) -> None:
         if self.source > 2:

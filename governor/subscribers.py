@@ -22,7 +22,8 @@ A subscriber says:
                                         delivered, deferred (not now: ask again) or failed; once a request
 
 An acknowledgement ends a request and nothing else: brake, archive and terminate wait for nobody. Who sends what is no
-such line, or does not read, is cut off.
+such line, or more than 100 lines a second, or does not read, is cut off. Of the 32 places 8 are root's, and no other
+user has more than 12; who has said nothing yet makes room for who comes later.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ VERSION = 1
 _LINE_LIMIT_BYTES = 16 << 10
 _BACKLOG_LIMIT_BYTES = 256 << 10  # said and not read yet
 _SUBSCRIBERS_LIMIT = 32
+_ROOTS_PLACES = 8  # of these
+_PLACES_EACH = 12  # of a user who is not root
+_LINES_A_SECOND = 100
+_CHANGE_NS = 1_000_000_000  # who can do what is told on no more often: each time costs a line and a file
 _REASON_LIMIT = 300
 _CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid of SO_PEERCRED
 _ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed": Status.FAILED}
@@ -66,8 +71,11 @@ class _Garbled(Exception):
 @dataclass(slots=True, eq=False)
 class _Subscriber:
     connection: socket.socket
+    uid: int
     can: frozenset[Tier] = frozenset()
     heard: bytes = b""
+    has_spoken: bool = False
+    lines: int = 0  # in this second
     backlog: bytearray = field(default_factory=bytearray)
 
 
@@ -90,9 +98,12 @@ class Subscribers:
         self._subscribers: dict[int, _Subscriber] = {}
         self._requests: dict[Tier, _Request] = {}
         self._numbers = 0
+        self._has_changed = False
+        self._change_told_ns: int | None = None
+        self._second = 0
         self.allowed_uids: frozenset[int] = frozenset({0, os.geteuid()})
         self.on_answer: Answer = lambda *_: None
-        self.on_change: Callable[[], None] = lambda: None  # who can do what is different now
+        self.on_change: Callable[[], None] = lambda: None  # who can do what is different now; from check_deadlines()
 
     def listen(self, path: Path) -> None:
         """Make the socket; raises OSError where there can be none."""
@@ -166,7 +177,14 @@ class Subscribers:
             request.deadline_ns += by_ns
 
     def check_deadlines(self, now_ns: int) -> None:
-        """Requests that nobody acknowledged in time have failed."""
+        """Requests that nobody acknowledged in time have failed; and what else is due now and then."""
+        if now_ns // 1_000_000_000 != self._second:
+            self._second = now_ns // 1_000_000_000
+            for subscriber in self._subscribers.values():
+                subscriber.lines = 0
+        if self._has_changed and (self._change_told_ns is None or now_ns - self._change_told_ns >= _CHANGE_NS):
+            self._has_changed, self._change_told_ns = False, now_ns
+            self.on_change()
         for tier in [tier for tier, request in self._requests.items() if now_ns >= request.deadline_ns]:
             self._requests.pop(tier)
             self.on_answer(tier, Status.FAILED, "nobody acknowledged it in time")
@@ -185,16 +203,32 @@ class Subscribers:
             connection, _ = server.accept()
         except OSError:  # gone again, or no descriptor left
             return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        uid = _CREDENTIALS.unpack(credentials)[1]
-        if uid not in self.allowed_uids or len(self._subscribers) >= _SUBSCRIBERS_LIMIT:
+        uid = _uid_of(connection)
+        if uid not in self.allowed_uids or not self._has_room(uid):
             connection.close()
             return
         connection.setblocking(False)
-        subscriber = _Subscriber(connection)
+        subscriber = _Subscriber(connection, uid)
         self._subscribers[connection.fileno()] = subscriber
         self._poller.register(connection, select.POLLIN)
         self._say(subscriber, "hello", {"version": VERSION, **self._hello()})
+
+    def _has_room(self, uid: int) -> bool:
+        """Whether one more of this user may come, where need be in the place of who has said nothing yet."""
+        among = list(self._subscribers.values())
+        limit = _SUBSCRIBERS_LIMIT
+        if uid != 0:
+            among = [one for one in among if one.uid != 0]
+            limit -= _ROOTS_PLACES
+            own = [one for one in among if one.uid == uid]
+            if len(own) >= _PLACES_EACH:
+                among, limit = own, _PLACES_EACH
+        if len(among) < limit:
+            return True
+        silent = next((one for one in among if not one.has_spoken), None)
+        if silent:
+            self._drop(silent)
+        return silent is not None
 
     def _say(self, subscriber: _Subscriber, message: str, fields: Mapping[str, object]) -> None:
         subscriber.backlog += orjson.dumps({"type": message, **fields}) + b"\n"
@@ -231,13 +265,17 @@ class Subscribers:
             self._on_line(subscriber, line)
 
     def _on_line(self, subscriber: _Subscriber, line: bytes) -> None:
+        subscriber.lines += 1
+        if subscriber.lines > _LINES_A_SECOND:
+            raise _Garbled
         try:
             said = orjson.loads(line)
             if said["type"] == "subscribe":
-                subscriber.can = frozenset(Tier(what) for what in said["can"])
+                can = frozenset(Tier(what) for what in said["can"])
+                self._has_changed |= can != subscriber.can
+                subscriber.can, subscriber.has_spoken = can, True
                 fd = subscriber.connection.fileno()
                 self._subscribers[fd] = self._subscribers.pop(fd)  # the last to say so is asked
-                self.on_change()
             elif said["type"] == "ack":
                 reason = said.get("reason", "")
                 if not isinstance(reason, str):
@@ -264,5 +302,10 @@ class Subscribers:
         for tier in [tier for tier, request in self._requests.items() if request.subscriber is subscriber]:
             del self._requests[tier]
             self.on_answer(tier, Status.FAILED, "who was asked for it is gone")
-        if subscriber.can:
-            self.on_change()
+        self._has_changed |= bool(subscriber.can)
+
+
+def _uid_of(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid: int = _CREDENTIALS.unpack(credentials)[1]
+    return uid

@@ -1,4 +1,7 @@
-"""`governor off`: the way out that always works, also after crashes and beside running instances."""
+"""`governor off`: the way out that always works, also after crashes and beside running instances.
+
+What root's governors hold is root's to end; without root it is that user's own.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,49 @@ import select
 import signal
 from contextlib import suppress
 
-from governor import instance, pins
+from governor import instance, leftovers, pins
+from governor.actions.commands import Commands
 from governor.brake import KnobFile
 
 _PATIENCE_S = 5.0
+_ROUNDS = 3  # one that had to be killed may be started again, by `governor run`
 
 
 def switch_off() -> list[str]:
-    """Stop every governor, restore every knob, remove every pin; what was done, in words."""
+    """Stop every governor, restore every knob, remove every pin and run-time file; what was done, in words.
+
+    What a tool was told of (`governor why`) stays. Raises OSError where there can be no run-time files.
+    """
     done = []
-    for pid in instance.holders():
-        if pid != os.getpid() and _stop(pid):
-            done.append(f"stopped process {pid}")
+    for _ in range(_ROUNDS):
+        stopped = [pid for pid in instance.holders() if pid != os.getpid() and _stop(pid)]
+        done += [f"stopped process {pid}" for pid in stopped]
+        if not stopped:
+            break
     for path in instance.knob_files():
         with suppress(OSError):
             done += KnobFile(str(path)).restore_all()
+    done += [f"removed {path}" for path in Commands().sweep()]
+    if os.geteuid() == 0:
+        for name in pins.instances():
+            pins.unload(name)
+            done.append(f"detached {name}")
+    for path in instance.run_directory().glob("memcg-*.hold"):
+        with suppress(OSError):
             path.unlink()
-    for name in pins.instances():
-        pins.unload(name)
-        done.append(f"detached {name}")
+            done.append(f"ended a hold: {path.name}")
+    leftovers.sweep(0)
     return done
 
 
 def _stop(pid: int) -> bool:
-    """SIGTERM, then SIGKILL; False when it was gone already."""
+    """SIGTERM, twice: do not wait for archives; then SIGKILL. False when it was gone already."""
     try:
         fd = os.pidfd_open(pid)
     except OSError:
         return False
     try:
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             with suppress(OSError):
                 signal.pidfd_send_signal(fd, number)
             if select.select([fd], [], [], _PATIENCE_S)[0]:

@@ -56,7 +56,7 @@ def read_file(path: str) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FileError(path, [Fault(0, "", "something else", "a regular file")])
+                raise FileError(path, [Fault(0, "", "a directory or a device", "a regular file")])
             return os.read(fd, FILE_LIMIT_BYTES + 1)
         finally:
             os.close(fd)

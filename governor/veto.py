@@ -25,6 +25,24 @@ def hold(cgroup_id: int, for_ns: int) -> None:
     beside.rename(path)
 
 
+def is_over(path: Path) -> bool:
+    """Whether the time of a veto has passed."""
+    return _left_ns(_read(path)) <= 0
+
+
+def _read(path: Path) -> int:
+    """Until when, on the boottime clock; 0 where that cannot be read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return int(file.read(_READ_BYTES) or b"")
+    except (OSError, ValueError):
+        return 0
+
+
+def _left_ns(until_ns: int) -> int:
+    return max(0, until_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+
 class Veto:
     """The veto on one memcg, as the loop sees it."""
 
@@ -34,14 +52,10 @@ class Veto:
 
     def changed(self) -> int | None:
         """What is left of a veto that is new, 0 for one that was ended or is over; None if all is as it was."""
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                until_ns = int(file.read(_READ_BYTES) or b"")
-        except (OSError, ValueError):
+        until_ns = _read(self._path)
+        left_ns = _left_ns(until_ns)
+        if not left_ns:
             until_ns = 0
-        left_ns = until_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        if left_ns <= 0:
-            until_ns = left_ns = 0
         if until_ns == self._until_ns:
             return None
         self._until_ns = until_ns

@@ -28,7 +28,7 @@ _SIZE_LIMIT = 500
 _OVERLAP_BYTES = 16 << 10
 _REASON_LIMIT = 200
 _RENDER_S = 10.0  # of CPU time; 256 KiB of usual output take about half a second
-_PIECE_BYTES = 4 << 10
+_PIECE_BYTES = 256  # a full scroll of the largest screen is 6 bytes, and takes 20 ms or more
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 _ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")

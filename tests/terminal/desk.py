@@ -26,7 +26,7 @@ BECOME = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); os.ex
 
 def resident(*command, **options):
     """The process that stays, as the command line execs it: a reaper of orphans (36: PR_SET_CHILD_SUBREAPER)."""
-    stays = [sys.executable, "-I", "-S", "-c", BOOT, json.dumps({"command": list(command), **options})]
+    stays = [sys.executable, "-I", "-S", "-c", BOOT, json.dumps(options), *command]
     return [sys.executable, "-I", "-S", "-c", BECOME, *stays]
 
 

@@ -191,6 +191,54 @@ def test_a_background_process_of_the_agent_does_not_keep_governor(started):
     os.kill(left_pid, signal.SIGKILL)
 
 
+# A background process that tells its pid, waits for a file, and writes once more.
+LATE = (
+    """exec 2>&-; sh -c 'echo $$; until test -e "$0"; do sleep 0.05; done; echo late; exec sleep 60' "$0" & exit 3"""
+)
+
+
+@pytest.fixture
+def left(started, tmp_path):
+    """What is left of an agent that ended with status 3, and its own background process's pid."""
+    process = started(resident("sh", "-c", LATE, str(tmp_path / "go")))
+    assert process.wait(timeout=20) == 3  # it does not wait for the rest of the output
+    pid = int(process.stdout.readline())
+    yield process, pid
+    if stat_of(pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+def passers_on(word):
+    """Processes of governor's, found by a word of their command line."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(word).encode() in (directory / "cmdline").read_bytes():
+                found += [int(directory.name)] * ((directory / "comm").read_text() == "governor-run\n")
+        except OSError:
+            continue
+    return found
+
+
+def test_what_the_agent_left_in_the_background_is_still_heard(left, tmp_path):
+    process, pid = left
+    assert process.stderr.read() == b""  # nobody holds that open
+    (tmp_path / "go").touch()
+    assert process.stdout.readline() == b"late\n"
+    assert len(passers_on(tmp_path)) == 1
+    os.kill(pid, signal.SIGKILL)
+    assert process.stdout.read() == b""
+    wait_for(lambda: not passers_on(tmp_path))
+
+
+def test_it_gets_sigpipe_once_nobody_reads(left, tmp_path):
+    process, pid = left
+    process.stdout.close()
+    wait_for(lambda: not passers_on(tmp_path))
+    (tmp_path / "go").touch()
+    wait_for(lambda: stat_of(pid) is None or stat_of(pid)[0] == "Z")
+
+
 # Signals
 
 COUNT = """
@@ -303,6 +351,14 @@ def test_what_nohup_ignores_stays_ignored(started):
     assert (process.returncode, out) == (0, b"on\n")
 
 
+def test_a_command_line_of_any_length(tmp_path):
+    """JSON would make it longer than an argument may be (128 KiB)."""
+    words = ['"' * 120_000, "\u00e9" * 60_000, "\udcff" * 100_000, "x" * 130_000]
+    command = [*RUN, "--", PYTHON, "-X", "utf8", "-c", "import os, sys; print(*map(len, sys.argv[1:]))", *words]
+    done = run(command, env=os.environ | {"XDG_STATE_HOME": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (0, b"120000 60000 100000 130000\n"), done.stderr[-300:]
+
+
 def test_closed_standard_streams_are_no_trouble():
-    done = run(["sh", "-c", 'exec "$@" <&- 2>&-', "x", PYTHON, "-I", "-S", "-c", BOOT, '{"command": ["echo", "hi"]}'])
+    done = run(["sh", "-c", 'exec "$@" <&- 2>&-', "x", PYTHON, "-I", "-S", "-c", BOOT, "{}", "echo", "hi"])
     assert done.returncode == 0

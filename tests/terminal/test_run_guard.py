@@ -285,11 +285,12 @@ def test_process_1_ends_on_sigterm_with_all_that_is_left(as_process_1, script, s
     assert process.wait(timeout=20) == status
 
 
-def test_what_process_1s_agent_leaves_running_gets_sigterm(as_process_1, tmp_path):
-    left = f"trap 'echo > {tmp_path}/told; exit' TERM; while :; do sleep 0.05; done"
+def test_what_process_1s_agent_leaves_running_gets_sigterm_and_its_last_words_are_heard(as_process_1, tmp_path):
+    left = f"trap 'echo bye; echo > {tmp_path}/told; exit' TERM; while :; do sleep 0.05; done"
     process = as_process_1("--", "sh", "-c", f'setsid sh -c "{left}" & sleep 0.3; exit 2')
     assert process.wait(timeout=20) == 2
     assert (tmp_path / "told").exists()
+    assert process.stdout.read() == b"bye\n"
 
 
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1", "SIGINT", "SIGQUIT"])

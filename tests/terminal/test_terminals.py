@@ -5,19 +5,25 @@ import contextlib
 import json
 import os
 import random
+import select
 import socket
 import subprocess
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from governor import delivery, profile_file
 from governor.channels import pty, tmux
 from governor.channels.pty import PtyTerminal, Renderer
 from governor.channels.terminal import ChannelError
 from governor.channels.tmux import TmuxTerminal
+from governor.children import Children
+from governor.model import Tier
 from governor.subtree import read_stat
 from tests.fakes.stage import COLUMNS, ROWS, TmuxStage
 from tests.waiting import wait_for
@@ -175,6 +181,38 @@ def test_a_window_without_end_is_rendered_in_bounds_and_pipes_are_no_terminal(tm
     answering(tmp_path / "t", told(rows=0, columns=0))
     with pytest.raises(ChannelError, match="pipes and no terminal"):
         PtyTerminal(str(tmp_path / "t"), [7]).screen()
+
+
+def test_output_that_takes_a_cpu_for_long_is_left_off_in_time(monkeypatch):
+    """Each of these 6 bytes moves 500 lines 500 times."""
+    monkeypatch.setattr("governor.channels.pty._RENDER_S", 0.2)
+    renderer = Renderer(500, 500)
+    began_s = time.process_time()
+    with pytest.raises(ChannelError, match="too long to render"):
+        renderer.show(b"\x1b[r" + b"\x1b[500S" * 700)
+    assert time.process_time() - began_s < 0.2 * 10  # of CPU time; to the end it takes 22 s
+
+
+class Spinning:
+    """A terminal that never has enough of the CPU."""
+
+    def screen(self):
+        while True:
+            pass
+
+
+def test_a_delivery_has_so_much_of_a_cpu_and_no_more(monkeypatch):
+    monkeypatch.setattr(delivery, "_CPU_S", 1)
+    monkeypatch.setattr(delivery, "open_terminal", lambda *_: Spinning())
+    profile = profile_file.load("generic-repl").profile
+    profile = replace(profile, match=replace(profile.match, process=()))
+    ended, poller = [], select.poll()
+    children = Children(poller)
+    child = delivery.start(profile, Tier.COMPACT, os.getpid(), "pty:/x", time.monotonic_ns() + 10**12)
+    children.start(child, ended.append)
+    wait_for(lambda: [children.on_ready(fd) for fd, _ in poller.poll(100)] and ended, 60)
+    assert ended[0].deferred, ended
+    assert "more than 1 s of CPU time" in ended[0].why
 
 
 def test_who_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):

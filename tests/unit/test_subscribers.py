@@ -140,7 +140,9 @@ def test_who_says_nothing_in_time_or_leaves_has_failed(served):
     served.subscribers.check_deadlines(2 * SECOND)
     assert served.answers[1:] == [(Tier.CLEAR, Status.FAILED, "nobody acknowledged it in time")]
     served.send(slow, type="subscribe", can=[])
-    assert served.subscribers.can == frozenset() and served.changes == 4
+    assert served.subscribers.can == frozenset()
+    served.subscribers.check_deadlines(9 * SECOND)
+    assert served.changes == 2  # what changed until that was first looked at, and what changed since
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,84 @@ def test_who_does_not_read_is_cut_off_and_holds_up_nobody(served):
     assert served.ask()
 
 
-def test_no_more_than_so_many(served):
-    connections = [served.connect() for _ in range(subscribers._SUBSCRIBERS_LIMIT + 1)]
-    assert is_cut_off(connections[-1])
-    assert lines(connections[0])
+def test_who_changes_its_mind_all_the_time_is_heard_once_a_second(served):
+    agent = served.connect("compact")
+    for second in range(3):
+        for turn in range(10):
+            served.send(agent, type="subscribe", can=["clear"] if turn % 2 else [])
+            served.subscribers.check_deadlines(second * SECOND + turn)
+    assert served.changes == 3
+    served.send(agent, type="subscribe", can=["clear"])  # as before
+    served.subscribers.check_deadlines(9 * SECOND)
+    assert served.changes == 4
+    served.subscribers.check_deadlines(11 * SECOND)
+    assert served.changes == 4
+
+
+def test_who_talks_without_end_is_cut_off(served):
+    agent, talker = served.connect("compact"), served.connect()
+    line = json.dumps({"type": "subscribe", "can": []}).encode() + b"\n"
+    for second in range(3):
+        talker.sendall(line * subscribers._LINES_A_SECOND)
+        served.turn()
+        served.subscribers.check_deadlines((second + 1) * SECOND)
+    talker.sendall(line * (subscribers._LINES_A_SECOND + 1))
+    served.turn()
+    assert is_cut_off(talker)
+    assert served.ask() and lines(agent)[-1]["what"] == "compact"
+
+
+class Crowd:
+    """Connections of several users."""
+
+    def __init__(self, served, monkeypatch):
+        self.served = served
+        self.served.subscribers.allowed_uids = frozenset(range(5))
+        monkeypatch.setattr(subscribers, "_uid_of", lambda _: self.uid)
+
+    def come(self, uid, count=1, speaks=True):
+        self.uid = uid
+        came = [self.served.connect(*(["compact"] if speaks else [])) for _ in range(count)]
+        return came if count > 1 else came[0]
+
+
+@pytest.fixture
+def crowd(served, monkeypatch):
+    return Crowd(served, monkeypatch)
+
+
+def stays(connection):
+    """Whether it is still served; what it was told is taken."""
+    try:
+        connection.setblocking(False)
+        while connection.recv(1 << 20):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+    return False
+
+
+def test_there_are_so_many_places_some_for_root_and_so_many_for_each(crowd):
+    ones = crowd.come(1, 20)
+    assert [stays(one) for one in ones] == [True] * 12 + [False] * 8
+    twos = crowd.come(2, 12)
+    assert all(map(stays, twos))
+    assert not stays(crowd.come(3))
+    roots = crowd.come(0, 9)
+    assert [stays(root) for root in roots] == [True] * 8 + [False]
+    assert all(map(stays, ones[:12] + twos))
+
+
+def test_who_has_said_nothing_makes_room(crowd):
+    idle = crowd.come(1, 40, speaks=False)
+    assert [stays(one) for one in idle] == [False] * 28 + [True] * 12
+    assert all(map(stays, crowd.come(2, 12)))
+    assert stays(crowd.come(3))
+    assert [stays(one) for one in idle[28:]] == [False] + [True] * 11
+    assert all(map(stays, crowd.come(0, 9)))
+    assert sum(map(stays, idle)) == 10
 
 
 def heard_by_user_1000(served):

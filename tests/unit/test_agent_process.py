@@ -1,0 +1,71 @@
+"""agent_process: what a profile means by name, and comes long after whoever starts it."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from governor import agent_process
+from governor.agent_process import AgentProcess
+from governor.profile import Match
+from tests.waiting import wait_for
+
+SECOND = 1_000_000_000
+IN_PLACE = "read x; exec -a late-agent sleep 60"
+BESIDE = "read x; bash -c 'exec -a late-agent sleep 60' & wait"
+
+
+@pytest.fixture
+def wrapper(monkeypatch, tmp_path):
+    """A shell that waits for a line before it starts an agent, and has run for long."""
+    monkeypatch.setattr(agent_process, "_STARTING_S", 0)
+    started = []
+
+    def start(script):
+        started.append(subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        process.wait()
+
+
+@pytest.mark.parametrize("script", [IN_PLACE, BESIDE], ids=["in place", "beside"])
+def test_an_agent_that_comes_late_takes_the_place_of_what_stood_in_for_it(
+    wrapper, tmp_path, monkeypatch, governor_is_elsewhere, script
+):
+    shell = wrapper(script)
+    listed = tmp_path / "cgroup.procs"
+    listed.write_text(f"{shell.pid}\n")
+    agent = AgentProcess(str(tmp_path), shell.pid, match=Match(("late-*",)), only_wanted=True)
+    assert agent.find() and agent.pid == shell.pid
+    assert not agent.is_stand_in(10 * SECOND)
+    with monkeypatch.context() as patch:  # nobody is new: nothing but /proc/PID/stat is read
+        patch.setattr(agent_process, "find_agent", None)
+        assert not agent.is_stand_in(20 * SECOND)
+
+    shell.stdin.write(b"go\n")
+    shell.stdin.flush()
+    late_pid = wait_for(lambda: late_below(shell.pid))
+    listed.write_text(f"{shell.pid}\n{late_pid}\n")
+    assert not agent.is_stand_in(24 * SECOND)  # it looks again after 5 s
+    assert agent.is_stand_in(25 * SECOND)
+    agent.let_go()
+    assert agent.find()
+    assert agent.pid == late_pid and agent.known
+    assert not agent.is_stand_in(40 * SECOND)
+    agent.forget()
+
+
+def late_below(pid):
+    """The late agent: the shell itself or its child; 0 while it is not there."""
+    with open(f"/proc/{pid}/task/{pid}/children") as children:
+        candidates = [pid, *map(int, children.read().split())]
+    for candidate in candidates:
+        with open(f"/proc/{candidate}/cmdline", "rb") as cmdline:
+            if cmdline.read().startswith(b"late-agent"):
+                return candidate
+    return 0
