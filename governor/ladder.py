@@ -7,13 +7,15 @@ takes against it, and the README's diagram is drawn from it.
 
 A brake is a loan, and a decision ends it: the growth of a tool is shed (the tool dies, the agent lives), growth with
 room for it gets a probation, anything else is terminated once the session is archived. Compact comes before that in
-every episode: delivered, failed, queued by the brake, or found impossible; never silently skipped. Clear follows a
+every episode: delivered, failed, queued by the brake, or found impossible; never silently skipped. Where it frees
+nothing, an idle agent is recycled: restarted with its session compacted, if it is predicted to fit. Clear follows a
 compact of the last five minutes that has settled and has not helped. A person's veto stops everything but the brake.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from governor import tiers
 from governor.cgroup import MemoryState
@@ -34,6 +36,8 @@ from governor.model import (
     Phase,
     Prolong,
     Reachable,
+    Ready,
+    Restart,
     Sampled,
     Settled,
     Shed,
@@ -51,6 +55,7 @@ from governor.model import (
     UsualLevels,
     Vetoed,
     Warn,
+    Withheld,
 )
 from governor.policy import MINUTE, MS, SECOND, Policy
 from governor.record import PPM
@@ -58,8 +63,8 @@ from governor.tiers import since
 
 Step = tuple[State, tuple[Instruction, ...]]
 
-ACTIONS = (Deliver, HoldNow, Thaw, Shed, Terminate, Kill)
-_ASKED = (Status.RUNNING, Status.DEFERRED, Status.DELIVERED)  # and its effect is not known yet
+ACTIONS = (Deliver, Restart, HoldNow, Thaw, Shed, Terminate, Kill)
+_ASKED = (Status.RUNNING, Status.RESTARTING, Status.DEFERRED, Status.DELIVERED)  # and its effect is not known yet
 _CALM_NS = 10 * SECOND  # below the release level for so long ends an episode
 _STALL_COUNTS_NS = 2 * SECOND
 _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
@@ -83,7 +88,12 @@ class Transition:
 _W, _H, _P, _T = Phase.WATCHING, Phase.HELD, Phase.PROBATION, Phase.TERMINATING
 
 TRANSITIONS = (
-    Transition(_W, Sampled, "compact is due, or clear after compact", _W, (Deliver,)),
+    Transition(
+        _W, Sampled, "compact is due, or clear after compact, or recycle where that frees nothing", _W, (Deliver,)
+    ),
+    Transition(_W, Sampled, "recycle is due, and the agent would not fit when it comes back", _W, (Withheld,)),
+    Transition(_W, Ready, "recycle is still due, and the user is to be warned before", _W, (Warn,)),
+    Transition(_W, Ready, "recycle is still due", _W, (Restart,)),
     Transition(_W, Sampled, "a delivery has settled", _W, (Settled,)),
     Transition(_W, Sampled, "a delivery is due, and the user is to be warned before", _W, (Warn,)),
     Transition(_W, Sampled, "over the brake level, and no crossing was heard", _W, (HoldNow,)),
@@ -109,7 +119,12 @@ TRANSITIONS = (
     Transition(_H, Braked, "the same, no room, the growth is the agent's own", _H, (Archive, Prolong, Warn)),
     Transition(_H, AgentEnded, "", _W, (UsualLevels,)),
     Transition(_P, Sampled, "over, and calm", _W, (UsualLevels,)),
-    Transition(_P, Sampled, "compact is due, or clear after compact", _P, (Deliver,)),
+    Transition(
+        _P, Sampled, "compact is due, or clear after compact, or recycle where that frees nothing", _P, (Deliver,)
+    ),
+    Transition(_P, Sampled, "recycle is due, and the agent would not fit when it comes back", _P, (Withheld,)),
+    Transition(_P, Ready, "recycle is still due, and the user is to be warned before", _P, (Warn,)),
+    Transition(_P, Ready, "recycle is still due", _P, (Restart,)),
     Transition(_P, Sampled, "a delivery has settled", _P, (Settled,)),
     Transition(_P, Sampled, "a delivery is due, and the user is to be warned before", _P, (Warn,)),
     Transition(_P, Sampled, "over the last level, and no crossing was heard", _P, (HoldNow,)),
@@ -133,7 +148,7 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
     match event:
         case Sampled(state=memory, at_ns=at_ns):
             fresh = memory if since(at_ns, now_ns) <= policy.signals.stale_ns else None
-            return _sampled(state, fresh, now_ns, policy)
+            return _sampled(_peaked(state, event), fresh, now_ns, policy, event.agent_bytes)
         case Stalled():
             return replace(state, stalled_ns=now_ns), ()
         case Braked() if state.phase is Phase.TERMINATING:
@@ -154,10 +169,16 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
             return _signalled(replace(state, signalled=True), memory, policy)
         case Answered(tier=Tier.COMPACT, status=status, state=memory):
             return replace(state, compact=tiers.answered(state.compact, status, memory, now_ns)), ()
+        case Answered(tier=Tier.RECYCLE):
+            return _recycled(state, event, now_ns), ()
         case Answered(tier=Tier.CLEAR, status=status, state=memory):
             return replace(state, clear=tiers.answered(state.clear, status, memory, now_ns)), ()
+        case Ready() if state.recycle.status is Status.RUNNING:
+            return _ready(state, event, now_ns, policy)
         case Reachable(tier=Tier.COMPACT, reachable=reachable):
             return replace(state, compact=replace(state.compact, reachable=reachable)), ()
+        case Reachable(tier=Tier.RECYCLE, reachable=reachable):
+            return replace(state, recycle=replace(state.recycle, reachable=reachable)), ()
         case Reachable(tier=Tier.CLEAR, reachable=reachable):
             return replace(state, clear=replace(state.clear, reachable=reachable)), ()
         case AgentEnded():
@@ -177,11 +198,15 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     """What an earlier governor left, taken up again: it may have died in the middle of anything.
 
     What was held is on probation (whoever survived has thawed it). A delivery that was under way may have reached the
-    agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed. The
-    grace of an agent that was told to end goes on, if it is still the same; if it was not told yet, that is decided
-    anew.
+    agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed, and
+    so has a recycle, unless its agent is gone: then it goes on. The grace of an agent that was told to end goes on if
+    it is still the same; if it was not told yet, that is decided anew.
     """
     state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
+    recycle = replace(state.recycle, reachable=False)
+    if same_agent or recycle.status is not Status.RESTARTING:
+        recycle = _lost(recycle)
+    state = replace(state, recycle=recycle)
     if state.phase is Phase.TERMINATING and not same_agent:
         return _agent_ended(state)
     state = _disturbed(state)
@@ -318,6 +343,7 @@ def _running(state: State, now_ns: int) -> State:
         state = replace(
             state,
             compact=tiers.shifted(state.compact, span_ns, now_ns),
+            recycle=tiers.shifted(state.recycle, span_ns, now_ns),
             clear=tiers.shifted(state.clear, span_ns, now_ns),
         )
     return replace(state, phase=Phase.PROBATION, probation_ns=now_ns, shed_ns=None)
@@ -354,7 +380,7 @@ def _terminating(state: State, memory: MemoryState | None, now_ns: int, policy: 
 
 
 def _agent_ended(state: State) -> State:
-    """Attempts, cooldowns and what was learned outlast the agent; what was under way does not."""
+    """Attempts, cooldowns and what was learned outlast the agent; what was under way does not, but for a recycle."""
     state = _disturbed(state)
     return replace(
         state,
@@ -367,6 +393,7 @@ def _agent_ended(state: State) -> State:
         probation_ns=None,
         killed=False,
         compact=_lost(state.compact),
+        recycle=state.recycle if state.recycle.status is Status.RESTARTING else _lost(state.recycle),
         clear=_lost(state.clear),
     )
 
@@ -378,7 +405,14 @@ def _lost(tier: TierState) -> TierState:
 # Samples
 
 
-def _sampled(state: State, memory: MemoryState | None, now_ns: int, policy: Policy) -> Step:
+def _peaked(state: State, sample: Sampled) -> State:
+    """While a recycle settles: how much the agent that came back has held at most."""
+    if state.recycle.status is not Status.DELIVERED or sample.agent_peak_bytes <= state.resumed_peak_bytes:
+        return state
+    return replace(state, resumed_peak_bytes=sample.agent_peak_bytes)
+
+
+def _sampled(state: State, memory: MemoryState | None, now_ns: int, policy: Policy, agent_bytes: int) -> Step:
     if state.phase is Phase.TERMINATING:
         return _terminating(state, memory, now_ns, policy)
     if memory is None or memory.max_bytes <= 0:
@@ -393,24 +427,26 @@ def _sampled(state: State, memory: MemoryState | None, now_ns: int, policy: Poli
         return replace(state, phase=Phase.WATCHING, held=None, probation_ns=None), (UsualLevels(),)
     if not state.in_episode:
         return state, ()
-    waiting = {state.compact.status, state.clear.status} & {Status.RUNNING, Status.DELIVERED}
+    statuses = {state.compact.status, state.recycle.status, state.clear.status}
+    waiting = statuses & {Status.RUNNING, Status.RESTARTING, Status.DELIVERED}
     if ratio >= policy.compact.release_ratio or waiting or on_probation:
         state = replace(state, calm_since_ns=None)
     elif state.calm_since_ns is None:
         state = replace(state, calm_since_ns=now_ns)
     elif since(state.calm_since_ns, now_ns) >= _CALM_NS:
         return _episode_over(state), ()
-    return _climb(state, memory, now_ns, policy)
+    return _climb(state, memory, now_ns, policy, agent_bytes)
 
 
 def _engaged(state: State, ratio: float, now_ns: int, policy: Policy) -> State:
-    compact, clear, end = policy.compact, policy.clear, policy.terminate
+    compact, recycle, clear, end = policy.compact, policy.recycle, policy.clear, policy.terminate
     engage_ratio = compact.engage_ratio
     if since(state.stalled_ns, now_ns) <= _STALL_COUNTS_NS:
         engage_ratio = min(engage_ratio, policy.signals.stalled_compact_ratio)
     release_ratio = min(compact.release_ratio, engage_ratio)
     levels = (
         tiers.engaged_since(state.compact.engaged_ns, ratio, engage_ratio, release_ratio, now_ns),
+        tiers.engaged_since(state.recycle.engaged_ns, ratio, recycle.engage_ratio, recycle.release_ratio, now_ns),
         tiers.engaged_since(state.clear.engaged_ns, ratio, clear.engage_ratio, clear.release_ratio, now_ns),
         tiers.engaged_since(state.terminate_engaged_ns, ratio, end.engage_ratio, end.release_ratio, now_ns),
     )
@@ -418,8 +454,9 @@ def _engaged(state: State, ratio: float, now_ns: int, policy: Policy) -> State:
         state,
         in_episode=state.in_episode or levels[0] is not None,
         compact=replace(tiers.advanced(state.compact, compact, now_ns), engaged_ns=levels[0]),
-        clear=replace(tiers.advanced(state.clear, clear, now_ns), engaged_ns=levels[1]),
-        terminate_engaged_ns=levels[2],
+        recycle=replace(tiers.advanced(state.recycle, recycle, now_ns), engaged_ns=levels[1]),
+        clear=replace(tiers.advanced(state.clear, clear, now_ns), engaged_ns=levels[2]),
+        terminate_engaged_ns=levels[3],
     )
 
 
@@ -429,6 +466,7 @@ def _episode_over(state: State) -> State:
         in_episode=False,
         calm_since_ns=None,
         compact=tiers.over(state.compact),
+        recycle=tiers.over(state.recycle),
         clear=tiers.over(state.clear),
     )
 
@@ -449,15 +487,18 @@ def _held(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Ste
     return state, ()
 
 
-def _climb(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
-    """The deliberate tiers: one action, the strongest that is due."""
+def _climb(state: State, memory: MemoryState, now_ns: int, policy: Policy, agent_bytes: int) -> Step:
+    """The deliberate tiers: one action, the strongest that is due; recycle before clear, as it keeps more."""
     compact, told = tiers.judged(Tier.COMPACT, state.compact, policy.compact, memory, now_ns)
     if told:
         return replace(state, compact=compact), told
+    recycle, told = tiers.judged(Tier.RECYCLE, state.recycle, policy.recycle, memory, now_ns)
+    if told:
+        return replace(state, recycle=recycle), told
     clear, told = tiers.judged(Tier.CLEAR, state.clear, policy.clear, memory, now_ns)
     if told:
         return replace(state, clear=clear), told
-    for tier in (_end, _clear, _compact):
+    for tier in (_end, partial(_recycle, agent_bytes=agent_bytes), _clear, _compact):
         state, instructions = tier(state, memory, now_ns, policy)
         if instructions:
             return state, instructions
@@ -498,12 +539,88 @@ def _end(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step
 def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
     ratio, end_ratio = memory.unreclaimable_ratio, policy.terminate.engage_ratio
     due = tiers.is_due(state.compact, policy.compact, ratio, end_ratio, now_ns)
-    clearing = state.clear.warned_ns is not None or state.clear.status in _ASKED
-    if not due or _vetoed(state, now_ns) or clearing:
+    if not due or _vetoed(state, now_ns) or _is_asked(state.clear) or _is_asked(state.recycle):
         return replace(state, compact=replace(state.compact, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use"
     compact, instructions = tiers.begun(Tier.COMPACT, state.compact, policy.compact, memory, now_ns, reason)
     return replace(state, compact=compact), instructions
+
+
+def _recycle(state: State, memory: MemoryState, now_ns: int, policy: Policy, agent_bytes: int) -> Step:
+    """Find out whether the agent can be restarted: where compact gives nothing, and there is room for it then."""
+    recycle, wanted = state.recycle, policy.recycle
+    deferred = recycle.status is Status.DEFERRED
+    if _vetoed(state, now_ns) or recycle.status not in (Status.RUNNING, Status.DEFERRED):  # it is not announced
+        recycle = replace(recycle, warned_ns=None)
+        state = replace(state, recycle=recycle)
+    announced = recycle.warned_ns is not None and since(recycle.warned_ns, now_ns) < wanted.warning_ns
+    cooled = deferred or since(recycle.delivered_ns, now_ns) >= wanted.cooldown_ns
+    due = (
+        not announced
+        and cooled
+        and recycle.reachable
+        and tiers.gave_nothing(state.compact)
+        and not _is_asked(state.clear)
+    )
+    if (
+        not due
+        or not tiers.is_due(recycle, wanted, memory.unreclaimable_ratio, 1.0, now_ns)
+        or _vetoed(state, now_ns)
+    ):
+        return state, ()
+    if status := tiers.impossible(recycle, wanted, now_ns):
+        return replace(state, recycle=replace(recycle, status=status, at_ns=now_ns)), ()
+    if why_not := tiers.unfit(wanted, state.resumed_peak_bytes, memory, agent_bytes, _fits_under(policy)):
+        if recycle.status is Status.UNFIT:
+            return state, ()
+        recycle = replace(recycle, status=Status.UNFIT, at_ns=now_ns, warned_ns=None)
+        return replace(state, recycle=recycle), (
+            Withheld(Tier.RECYCLE, f"{_percent(memory)} of max is in use; {why_not}"),
+        )
+    reason = f"{_percent(memory)} of max is in use; compact: {state.compact.status.value}"
+    recycle = tiers.running(recycle, memory, now_ns)
+    return replace(_disturbed(state), recycle=recycle), (Deliver(Tier.RECYCLE, reason),)
+
+
+def _ready(state: State, event: Ready, now_ns: int, policy: Policy) -> Step:
+    """The agent is idle and archived: restart it if that is still due, after a warning."""
+    memory, recycle, wanted = event.state, state.recycle, policy.recycle
+    later = replace(recycle, status=Status.DEFERRED, at_ns=now_ns)
+    climbs = state.phase in (Phase.WATCHING, Phase.PROBATION) and not _vetoed(state, now_ns)
+    if not climbs or memory is None or memory.unreclaimable_ratio < wanted.release_ratio:
+        return replace(state, recycle=replace(later, warned_ns=None)), ()
+    if tiers.unfit(wanted, state.resumed_peak_bytes, memory, event.agent_bytes, _fits_under(policy)):
+        return replace(state, recycle=replace(later, warned_ns=None)), ()  # the next sample says so
+    held_mib = event.agent_bytes >> 20
+    reason = (
+        f"{_percent(memory)} of max is in use, {held_mib} MiB by an idle agent; compact: {state.compact.status.value}"
+    )
+    if wanted.warning_ns and recycle.warned_ns is None:
+        warned = replace(later, warned_ns=now_ns)
+        return replace(state, recycle=warned), (Warn("recycle", wanted.warning_ns, reason),)
+    at_bytes = max(recycle.at_bytes, memory.unreclaimable_bytes)
+    recycle = replace(recycle, status=Status.RESTARTING, tried_ns=now_ns, delivered_ns=now_ns, at_bytes=at_bytes)
+    return replace(state, recycle=replace(recycle, warned_ns=None)), (Restart(reason),)
+
+
+def _recycled(state: State, event: Answered, now_ns: int) -> State:
+    """A recycle was deferred, failed, or has brought an agent, whose peak is looked for from now on."""
+    recycle = tiers.answered(state.recycle, event.status, event.state, now_ns)
+    if recycle is not state.recycle:  # whoever is busy again is to be warned again
+        recycle = replace(recycle, warned_ns=None)
+    brought = recycle is not state.recycle and recycle.status is Status.DELIVERED
+    return replace(state, recycle=recycle, resumed_peak_bytes=0 if brought else state.resumed_peak_bytes)
+
+
+def _fits_under(policy: Policy) -> float:
+    """The share of max that whoever comes back must not reach."""
+    brake_ratio = policy.brake.engage_ratio if policy.brake.enabled else 1.0
+    return min(brake_ratio, policy.terminate.engage_ratio)
+
+
+def _is_asked(tier: TierState) -> bool:
+    """Whether it was announced, or its effect is not known yet."""
+    return tier.warned_ns is not None or tier.status in _ASKED
 
 
 def _clear(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
@@ -511,8 +628,9 @@ def _clear(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> St
     ratio = memory.unreclaimable_ratio
     recent = since(compact.at_ns, now_ns) <= policy.clear_after_compact_ns
     helped = compact.status is Status.SETTLED and memory.unreclaimable_bytes <= compact.at_bytes
+    recycled = _is_asked(state.recycle) or (state.recycle.status is Status.SETTLED and not state.recycle.useless)
     due = tiers.finished(compact) and recent and not helped and tiers.is_due(clear, policy.clear, ratio, 1.0, now_ns)
-    if not due or _vetoed(state, now_ns):
+    if not due or recycled or _vetoed(state, now_ns):
         return replace(state, clear=replace(clear, warned_ns=None)), ()
     reason = f"{_percent(memory)} of max is in use; compact: {compact.status.value}"
     clear, instructions = tiers.begun(Tier.CLEAR, clear, policy.clear, memory, now_ns, reason)
@@ -522,7 +640,13 @@ def _clear(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> St
 
 
 def _disturbed(state: State) -> State:
-    return replace(state, compact=tiers.disturbed(state.compact), clear=tiers.disturbed(state.clear))
+    restarting = state.recycle.status is Status.RESTARTING  # judged when the next agent has settled
+    return replace(
+        state,
+        compact=tiers.disturbed(state.compact),
+        recycle=state.recycle if restarting else tiers.disturbed(state.recycle),
+        clear=tiers.disturbed(state.clear),
+    )
 
 
 def _vetoed(state: State, now_ns: int) -> bool:

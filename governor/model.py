@@ -25,6 +25,7 @@ class Tier(Enum):
     """The steps that ask something of the agent."""
 
     COMPACT = "compact"
+    RECYCLE = "recycle"  # end it while it is idle, compact its stopped session, take that up again
     CLEAR = "clear"
 
 
@@ -34,6 +35,7 @@ class Status(Enum):
     NONE = "none"
     QUEUED = "queued"  # by a brake: delivered as soon as the target runs again
     RUNNING = "running"
+    RESTARTING = "restarting"  # recycle: the agent was asked to end, and is to come back
     DEFERRED = "deferred"  # the agent could not be asked just now: tried again until the deadline
     DELIVERED = "delivered"  # the settle time runs
     SETTLED = "settled"  # its effect has been looked at
@@ -41,9 +43,10 @@ class Status(Enum):
     EXPIRED = "expired"  # deferred until its deadline
     UNAVAILABLE = "unavailable"  # no way to deliver is known
     USELESS = "useless"  # known to free nothing here
+    UNFIT = "unfit"  # recycle: the agent that comes back would not fit, or give nothing back
 
 
-UNDER_WAY = frozenset({Status.QUEUED, Status.RUNNING, Status.DEFERRED})
+UNDER_WAY = frozenset({Status.QUEUED, Status.RUNNING, Status.RESTARTING, Status.DEFERRED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,16 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A look at the memcg, and when it was taken; `state` None: it could not be read."""
+    """A look at the memcg, and when it was taken; `state` None: it could not be read.
+
+    `agent_bytes` is what the agent and what descends from it hold of it (anonymous memory), `agent_peak_bytes` the
+    most that it has held; 0 is unknown.
+    """
 
     state: MemoryState | None
     at_ns: int
+    agent_bytes: int = 0
+    agent_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,14 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """Recycle: the agent is idle and its session archived; with a fresh look, as `Sampled` has it."""
+
+    state: MemoryState | None = None
+    agent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Reachable:
     """Somebody who can do it has subscribed, or nobody who can is left."""
 
@@ -163,6 +180,7 @@ Event = (
     | Thawed
     | Archived
     | Answered
+    | Ready
     | Reachable
     | Shedded
     | Signalled
@@ -185,7 +203,22 @@ class Warn:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Ask the agent to compact or clear; memory.high is lifted first."""
+    """Ask the agent to compact or clear, or find out whether it can be recycled; memory.high is lifted first."""
+
+    tier: Tier
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """SIGTERM to the agent, whose session is then compacted and taken up again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """Say why a tier that is due is not done."""
 
     tier: Tier
     reason: str
@@ -273,6 +306,8 @@ class NothingLeft:
 Instruction = (
     Warn
     | Deliver
+    | Restart
+    | Withheld
     | Settled
     | HoldNow
     | Archive
@@ -299,6 +334,7 @@ class TierState:
     at_ns: int | None = None  # when it came to a status that is not under way
     at_bytes: int = 0  # unreclaimable then
     isolated: bool = True  # nothing else was done since
+    useless: bool = False  # SETTLED: it has freed nothing
     engaged_ns: int | None = None  # above the level since; None below the release level
     warned_ns: int | None = None
     reachable: bool = False  # by a subscriber
@@ -315,6 +351,8 @@ class State:
     in_episode: bool = False
     calm_since_ns: int | None = None
     compact: TierState = TierState()
+    recycle: TierState = TierState()
+    resumed_peak_bytes: int = 0  # the most that the agent held which the last recycle has brought; 0: unknown
     clear: TierState = TierState()
     terminate_engaged_ns: int | None = None
     stalled_ns: int | None = None

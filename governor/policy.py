@@ -43,8 +43,8 @@ class Source(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """A tier that asks something of the agent: compact or clear."""
+class Asking:
+    """A tier that asks something of the agent: when, how often, and what is made of its effect."""
 
     engage_ratio: float
     release_ratio: float
@@ -57,8 +57,32 @@ class Delivery:
     freed_ratio: float = 0.02  # of max: what has freed less by then was useless
     warning_ns: int = 0  # between telling the user and doing it
     efficacy: Efficacy = Efficacy.UNKNOWN
+
+    @property
+    def knows_how(self) -> bool:
+        """Whether it can be done without anybody who subscribed, or a profile that knows how."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery(Asking):
+    """Compact or clear."""
+
     exec: tuple[str, ...] = ()  # the command that delivers; empty with no signal either: unavailable
     signal: str = ""  # or the signal that does, by name
+
+    @property
+    def knows_how(self) -> bool:
+        """A command or a signal."""
+        return bool(self.exec or self.signal)
+
+
+@dataclass(frozen=True, slots=True)
+class Recycle(Asking):
+    """End the idle agent, compact its stopped session, take that up again."""
+
+    peak_bytes: int = 0  # what the agent that comes back takes at most, until one was seen; 0: as its profile says
+    compacting_ns: int = 300 * SECOND  # for the compaction of the stopped session
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +166,14 @@ class Policy:
     name: str = "default"
     dry_run: bool = False  # decide and journal, touch nothing
     compact: Delivery = Delivery(0.70, 0.65)
+    recycle: Recycle = Recycle(
+        0.75,
+        0.70,
+        cooldown_ns=600 * SECOND,
+        cooldown_waived_ratio=1.0,
+        retry_ns=5 * SECOND,
+        warning_ns=5 * SECOND,
+    )
     clear: Delivery = Delivery(0.85, 0.80, cooldown_waived_ratio=1.0, warning_ns=5 * SECOND)
     clear_after_compact_ns: int = 300 * SECOND  # clear only if compact was attempted within this time
     terminate: Terminate = field(default_factory=Terminate)

@@ -19,8 +19,8 @@ _PRESETS = Path(__file__).parent / "presets"
 # Left, comparison, right; each a key, or a value in the unit of the other side's key.
 RULES: tuple[tuple[str | float, str, str | float], ...] = (
     # Levels. The kernel programs need theirs ascending, and something to fall below.
-    *((0, "<", f"{tier}.release") for tier in ("compact", "clear", "terminate", "brake")),
-    *((f"{tier}.release", "<", f"{tier}.engage") for tier in ("compact", "clear", "terminate", "brake")),
+    *((0, "<", f"{tier}.release") for tier in ("compact", "recycle", "clear", "terminate", "brake")),
+    *((f"{tier}.release", "<", f"{tier}.engage") for tier in ("compact", "recycle", "clear", "terminate", "brake")),
     ("compact.engage", "<", "clear.engage"),
     ("clear.engage", "<=", "terminate.engage"),
     ("clear.engage", "<=", "brake.engage"),
@@ -34,12 +34,14 @@ RULES: tuple[tuple[str | float, str, str | float], ...] = (
     ("brake.unknown_rate", "<=", "terminate.last"),
     ("signals.stalled_compact", "<=", "compact.engage"),  # it brings compact forward
     ("compact.engage", "<=", "compact.cooldown_waived"),  # waived from the start, there is no cooldown
+    ("recycle.engage", "<=", "recycle.cooldown_waived"),
     ("clear.engage", "<=", "clear.cooldown_waived"),
     (0, "<", "terminate.throttle"),
     # Times. Where compact may not be tried within clear_after_compact, clear could never follow it.
     ("compact.cooldown", "<", "clear_after_compact"),
     ("compact.settle", "<", "clear_after_compact"),
-    *((0, "<", f"{tier}.{time}") for tier in ("compact", "clear") for time in ("deadline", "retry")),
+    *((0, "<", f"{tier}.{time}") for tier in ("compact", "recycle", "clear") for time in ("deadline", "retry")),
+    (0, "<", "recycle.compacting"),
     (0, "<", "brake.probation"),
     (0, "<", "signals.interval"),
     (0, "<", "signals.raised_interval"),

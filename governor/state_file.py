@@ -21,7 +21,7 @@ from governor import instance
 from governor.codec import plain, restored
 from governor.model import Braked, State, TierState
 
-VERSION = 2
+VERSION = 3
 _LIMIT_BYTES = 1 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -135,6 +135,6 @@ def _moved(state: State, by_ns: int) -> State:
         return replace(value, **{name: stamp + by_ns for name, stamp in stamps.items() if stamp is not None})
 
     moved: State = move(state)
-    tiers: dict[str, TierState] = {"compact": move(state.compact), "clear": move(state.clear)}
+    tiers: dict[str, TierState] = {name: move(getattr(state, name)) for name in ("compact", "recycle", "clear")}
     held: Braked | None = state.held
     return replace(moved, **tiers, held=held)  # type: ignore[arg-type]  # mypy does not look into dicts

@@ -1,4 +1,7 @@
-"""Compact and clear: when a delivery is due, what counts as attempted, and whether it helped. Pure."""
+"""What the tiers that ask something of the agent have in common, and what a recycle needs. Pure.
+
+When one is due, what counts as attempted, whether it helped; whether there is room for the agent that comes back.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import replace
 
 from governor.cgroup import MemoryState
 from governor.model import UNDER_WAY, Deliver, Settled, Status, Tier, TierState, Warn
-from governor.policy import SECOND, Delivery, Efficacy
+from governor.policy import SECOND, Asking, Efficacy, Recycle
 
 FOREVER_NS = 1 << 62
 USELESS_AFTER_TRIALS = 3
@@ -36,26 +39,29 @@ def finished(tier: TierState) -> bool:
     return attempted(tier) and tier.status not in UNDER_WAY and tier.status is not Status.DELIVERED
 
 
-def queued(tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int) -> TierState:
+def queued(tier: TierState, delivery: Asking, memory: MemoryState, now_ns: int) -> TierState:
     """As a brake leaves it: to be delivered when the target runs again, or found to be impossible."""
     if attempted(tier):
         return tier
-    impossible = _impossible(tier, delivery, now_ns)
+    status = impossible(tier, delivery, now_ns) or Status.QUEUED
     at_bytes = memory.unreclaimable_bytes
-    return replace(tier, status=impossible or Status.QUEUED, began_ns=now_ns, at_ns=now_ns, at_bytes=at_bytes)
+    return replace(tier, status=status, began_ns=now_ns, at_ns=now_ns, at_bytes=at_bytes)
 
 
-def advanced(tier: TierState, delivery: Delivery, now_ns: int) -> TierState:
+def advanced(tier: TierState, delivery: Asking, now_ns: int) -> TierState:
     """What time alone changes: a deferred delivery expires, one that nobody answers for has failed."""
     age_ns = since(tier.began_ns, now_ns)
     if tier.status is Status.DEFERRED and age_ns >= delivery.deadline_ns:
         return replace(tier, status=Status.EXPIRED, at_ns=now_ns)
-    if tier.status is Status.RUNNING and since(tier.tried_ns, now_ns) >= delivery.deadline_ns + _LOST_NS:
+    if (
+        tier.status in (Status.RUNNING, Status.RESTARTING)
+        and since(tier.tried_ns, now_ns) >= delivery.deadline_ns + _LOST_NS
+    ):
         return replace(tier, status=Status.FAILED, at_ns=now_ns)
     return tier
 
 
-def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, now_ns: int) -> bool:
+def is_due(tier: TierState, delivery: Asking, ratio: float, end_ratio: float, now_ns: int) -> bool:
     """Whether to deliver now, as far as this tier's own history goes.
 
     At `end_ratio` nothing waits for a dwell or a cooldown: what is terminated there has to be asked before.
@@ -69,7 +75,7 @@ def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, 
     if since(tier.engaged_ns, now_ns) < delivery.dwell_ns and ratio < end_ratio:
         return False
     cooled = since(tier.delivered_ns, now_ns) >= delivery.cooldown_ns
-    if tier.status is Status.NONE:
+    if tier.status in (Status.NONE, Status.UNFIT):
         return cooled or ratio >= min(delivery.cooldown_waived_ratio, end_ratio)
     if tier.status in (Status.FAILED, Status.EXPIRED):
         return since(tier.at_ns, now_ns) >= delivery.settle_ns
@@ -79,33 +85,38 @@ def is_due(tier: TierState, delivery: Delivery, ratio: float, end_ratio: float, 
 
 
 def begun(
-    name: Tier, tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int, reason: str
+    name: Tier, tier: TierState, delivery: Asking, memory: MemoryState, now_ns: int, reason: str
 ) -> tuple[TierState, tuple[Deliver | Warn, ...]]:
     """Warn, deliver when the warning is over, or find that it is impossible: that is an attempt as well."""
-    if impossible := _impossible(tier, delivery, now_ns):
-        return replace(tier, status=impossible, at_ns=now_ns, at_bytes=memory.unreclaimable_bytes), ()
-    again = tier.status is Status.DEFERRED
+    if status := impossible(tier, delivery, now_ns):
+        return replace(tier, status=status, at_ns=now_ns, at_bytes=memory.unreclaimable_bytes), ()
     if delivery.warning_ns and tier.status is not Status.DEFERRED:
         if tier.warned_ns is None:
             return replace(tier, warned_ns=now_ns), (Warn(name.value, delivery.warning_ns, reason),)
         if since(tier.warned_ns, now_ns) < delivery.warning_ns:
             return tier, ()
-    running = replace(
+    return replace(running(tier, memory, now_ns), warned_ns=None), (Deliver(name, reason),)
+
+
+def running(tier: TierState, memory: MemoryState, now_ns: int) -> TierState:
+    """A try begins: the first, or one more after it was deferred."""
+    return replace(
         tier,
-        warned_ns=None,
         status=Status.RUNNING,
-        began_ns=tier.began_ns if again else now_ns,
+        began_ns=tier.began_ns if tier.status is Status.DEFERRED else now_ns,
         tried_ns=now_ns,
         at_bytes=memory.unreclaimable_bytes,
         isolated=True,
+        useless=False,
     )
-    return running, (Deliver(name, reason),)
 
 
 def answered(tier: TierState, status: Status, memory: MemoryState | None, now_ns: int) -> TierState:
     """A delivery ended; an answer that nobody waits for changes nothing."""
-    if tier.status is not Status.RUNNING:
+    if tier.status not in (Status.RUNNING, Status.RESTARTING):
         return tier
+    if tier.status is Status.RESTARTING and status is Status.FAILED:  # a restart for nothing
+        return replace(tier, status=status, at_ns=now_ns, useless_trials=tier.useless_trials + 1, judged_ns=now_ns)
     if status is Status.DELIVERED:
         # From when it was asked: by the time it answers it may have freed all that it will.
         held_bytes = max(tier.at_bytes, memory.unreclaimable_bytes if memory else 0)
@@ -121,7 +132,7 @@ def interrupted(tier: TierState, now_ns: int) -> TierState:
 
 
 def judged(
-    name: Tier, tier: TierState, delivery: Delivery, memory: MemoryState, now_ns: int
+    name: Tier, tier: TierState, delivery: Asking, memory: MemoryState, now_ns: int
 ) -> tuple[TierState, tuple[Settled, ...]]:
     """After the settle time: what was freed, and whether that was anything; learned if nothing else was done."""
     if tier.status is not Status.DELIVERED or since(tier.at_ns, now_ns) < delivery.settle_ns:
@@ -129,10 +140,38 @@ def judged(
     freed_bytes = tier.at_bytes - memory.unreclaimable_bytes
     useless = freed_bytes < delivery.freed_ratio * memory.max_bytes
     trials = tier.useless_trials + 1 if useless else 0
-    tier = replace(tier, status=Status.SETTLED)
+    tier = replace(tier, status=Status.SETTLED, useless=useless)
     if tier.isolated:
         tier = replace(tier, useless_trials=trials, judged_ns=now_ns)
     return tier, (Settled(name, freed_bytes, useless),)
+
+
+def gave_nothing(tier: TierState) -> bool:
+    """Whether it is out of the question, or has freed nothing in this episode."""
+    known = tier.status in (Status.USELESS, Status.UNAVAILABLE)
+    return known or (tier.status is Status.SETTLED and tier.useless)
+
+
+def unfit(
+    recycle: Recycle, seen_peak_bytes: int, memory: MemoryState, agent_bytes: int, fits_under_ratio: float
+) -> str:
+    """Why the agent should not be recycled, by what it holds and what its successor is predicted to; "" if it may.
+
+    `seen_peak_bytes`: the most that the agent of the last recycle held, 0 if there was none. `agent_bytes`: what
+    comes free; all else is taken to stay.
+    """
+    peak_bytes = seen_peak_bytes or recycle.peak_bytes
+    if not peak_bytes or not agent_bytes:
+        of_whom = "the agent that comes back would take" if not peak_bytes else "the agent holds"
+        return f"it is not known what {of_whom}"
+    others_bytes = max(0, memory.unreclaimable_bytes - agent_bytes)
+    peak_mib, agent_mib, others_mib = peak_bytes >> 20, agent_bytes >> 20, others_bytes >> 20
+    if peak_bytes + others_bytes >= fits_under_ratio * memory.max_bytes:
+        fits_mib = int(fits_under_ratio * memory.max_bytes) >> 20
+        return f"it would come back with up to {peak_mib} MiB beside {others_mib} MiB of others, over {fits_mib} MiB"
+    if agent_bytes - peak_bytes < recycle.freed_ratio * memory.max_bytes:
+        return f"it would come back with up to {peak_mib} MiB and holds {agent_mib} MiB now"
+    return ""
 
 
 def disturbed(tier: TierState) -> TierState:
@@ -162,8 +201,9 @@ def over(tier: TierState) -> TierState:
     )
 
 
-def _impossible(tier: TierState, delivery: Delivery, now_ns: int) -> Status | None:
-    if not (delivery.exec or delivery.signal or tier.reachable):
+def impossible(tier: TierState, delivery: Asking, now_ns: int) -> Status | None:
+    """UNAVAILABLE or USELESS, by what is known; None where it can be tried."""
+    if not (delivery.knows_how or tier.reachable):
         return Status.UNAVAILABLE
     learned = tier.useless_trials >= USELESS_AFTER_TRIALS and since(tier.judged_ns, now_ns) < TRY_AGAIN_NS
     if delivery.efficacy is Efficacy.USELESS or (delivery.efficacy is Efficacy.UNKNOWN and learned):

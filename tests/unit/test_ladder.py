@@ -21,6 +21,8 @@ from governor.model import (
     Kill,
     NothingLeft,
     Phase,
+    Ready,
+    Restart,
     Sampled,
     Settled,
     Shed,
@@ -35,6 +37,7 @@ from governor.model import (
     Thawed,
     Tier,
     Vetoed,
+    Withheld,
 )
 from governor.policy import MINUTE, SECOND, Brake, Delivery, Efficacy, Policy
 from governor.policy import Terminate as TerminatePolicy
@@ -44,6 +47,11 @@ POLICY = Policy()
 REACHED = Policy(
     compact=Delivery(0.70, 0.65, exec=("compact",)),
     clear=Delivery(0.85, 0.80, cooldown_waived_ratio=1.0, warning_ns=5 * SECOND, exec=("clear",)),
+)
+RECYCLED = replace(
+    REACHED,
+    compact=replace(REACHED.compact, efficacy=Efficacy.USELESS),
+    recycle=replace(REACHED.recycle, peak_bytes=200 * MIB),
 )
 NO_BRAKE = replace(REACHED, brake=Brake(enabled=False))
 GENTLE = replace(REACHED, terminate=TerminatePolicy(enabled=False))
@@ -84,11 +92,11 @@ class Run:
         self.told += instructions
         return instructions
 
-    def at(self, ratio, seconds=0.0, every=1.0):
+    def at(self, ratio, seconds=0.0, every=1.0, agent_mib=0, peak_mib=0):
         """Samples of this ratio, for so long."""
         for _ in range(max(1, int(seconds / every))):
             self.now_ns += int(every * SECOND)
-            self.feed(Sampled(memory(ratio), self.now_ns))
+            self.feed(Sampled(memory(ratio), self.now_ns, agent_mib * MIB, peak_mib * MIB))
         return self
 
     def then(self, *events):
@@ -503,6 +511,118 @@ def test_a_dry_run_decides_and_does_not_repeat_itself_every_second():
     assert 1 <= run.names().count("Terminate") <= 3
 
 
+# Recycle
+
+
+def idle(ratio, agent_mib=600):
+    return Ready(memory(ratio), agent_mib * MIB)
+
+
+def recycling(policy=RECYCLED, state=None):
+    """A run whose agent can be recycled."""
+    return Run(policy, state).then(model.Reachable(Tier.RECYCLE, True))
+
+
+def restarted():
+    run = recycling().at(0.8, 3, agent_mib=600).then(idle(0.8)).at(0.8, 10, agent_mib=600).then(idle(0.8))
+    assert run.names() == ["Deliver", "Warn", "Deliver", "Restart"]
+    return run
+
+
+def test_where_compact_frees_nothing_an_idle_agent_is_warned_and_recycled_and_the_effect_is_judged():
+    run = restarted().then(AgentEnded())
+    assert run.state.recycle.status is Status.RESTARTING
+    saved = ladder.resumed(run.state, same_agent=False, now_ns=run.now_ns)
+    run = recycling(state=saved).then(Answered(Tier.RECYCLE, Status.DELIVERED, memory(0.3)))
+    run.at(0.5, 2, agent_mib=280, peak_mib=300).at(0.4, 30, agent_mib=200, peak_mib=300)
+    assert [type(told) for told in run.told] == [Settled]
+    assert (run.last(Settled).freed_bytes >> 20, run.last(Settled).useless) == (400, False)
+    assert run.state.resumed_peak_bytes == 300 * MIB
+    run.at(0.4, 15)
+    assert not run.state.in_episode and run.state.recycle.delivered_ns is not None
+    assert run.at(0.8, 60, agent_mib=600).names() == ["Settled"]  # within its cooldown
+    assert run.at(0.8, 600, agent_mib=600).names()[1:2] == ["Deliver"]
+
+
+def test_it_comes_before_clear_and_clear_waits_for_it():
+    run = recycling().at(0.88, 60, agent_mib=600)
+    assert [(told.tier if isinstance(told, Deliver) else told) for told in run.told] == [Tier.RECYCLE]
+    run.then(Answered(Tier.RECYCLE, Status.DEFERRED)).at(0.88, 40, agent_mib=600)
+    run.then(Answered(Tier.RECYCLE, Status.DEFERRED)).at(0.88, 10, agent_mib=600)
+    assert run.state.recycle.status is Status.EXPIRED
+    assert isinstance(run.told[-1], Deliver) and run.told[-1].tier is Tier.CLEAR
+
+
+@pytest.mark.parametrize(
+    ("ratio", "agent_mib", "seen_mib", "why"),
+    [
+        (0.88, 100, 0, "beside 780 MiB of others, over 900"),
+        (0.80, 215, 0, "holds 215 MiB now"),
+        (0.80, 600, 750, "up to 750 MiB beside 200"),
+        (0.80, 600, 590, "holds 600 MiB now"),
+        (0.80, 0, 0, "not known what the agent holds"),
+    ],
+)
+def test_an_agent_that_would_not_fit_or_give_nothing_back_is_not_recycled_and_that_is_said_once(
+    ratio, agent_mib, seen_mib, why
+):
+    run = recycling(state=State(resumed_peak_bytes=seen_mib * MIB)).at(ratio, 5, agent_mib=agent_mib)
+    assert [type(told) for told in run.told if isinstance(told, Withheld)] == [Withheld]
+    assert why in run.last(Withheld).reason
+    assert not any(isinstance(told, Deliver) and told.tier is Tier.RECYCLE for told in run.told)
+    run = recycling().at(0.8, 3, agent_mib=600)
+    assert run.then(Ready(memory(0.89), 200 * MIB)).names() == ["Deliver"]  # nor where that is so by then
+    assert run.at(0.8, 10, agent_mib=600).names() == ["Deliver", "Deliver"]
+
+
+def test_it_is_not_asked_for_where_nobody_can_or_compact_may_help():
+    assert not Run(RECYCLED).at(0.8, 60, agent_mib=600).told
+    run = recycling(replace(RECYCLED, compact=REACHED.compact)).at(0.8, agent_mib=600)
+    run.then(Answered(Tier.COMPACT, Status.DELIVERED, memory(0.8))).at(0.8, 29, agent_mib=600)
+    assert run.names() == ["Deliver"]
+    assert run.at(0.8, 5, agent_mib=600).names() == ["Deliver", "Settled", "Deliver"]
+    assert run.last(Deliver).tier is Tier.RECYCLE
+    useless = replace(RECYCLED, recycle=replace(RECYCLED.recycle, efficacy=Efficacy.USELESS))
+    assert not recycling(useless).at(0.8, 60, agent_mib=600).told
+
+
+def test_whoever_types_after_the_warning_is_warned_again():
+    run = recycling().at(0.8, 3, agent_mib=600).then(idle(0.8)).at(0.8, 10, agent_mib=600)
+    run.then(Answered(Tier.RECYCLE, Status.DEFERRED)).at(0.8, 10, agent_mib=600).then(idle(0.8))
+    assert run.names() == ["Deliver", "Warn", "Deliver", "Deliver", "Warn"]
+
+
+@pytest.mark.parametrize("event", [Vetoed(10 * MINUTE), braked(0.95), AgentEnded()])
+def test_what_happens_while_the_agent_is_looked_at_keeps_it(event):
+    run = recycling().at(0.8, 3, agent_mib=600).then(idle(0.8)).at(0.8, 10, agent_mib=600)
+    assert run.then(event, idle(0.8)).names().count("Restart") == 0
+    assert run.state.recycle.status in (Status.DEFERRED, Status.FAILED)
+
+
+def test_after_three_restarts_for_nothing_it_is_not_tried_again():
+    run, restarts = recycling(), []
+    for _ in range(4000):
+        run.at(0.8, agent_mib=600)
+        if run.state.recycle.status is Status.RUNNING:
+            run.then(idle(0.8))
+        if run.state.recycle.status is Status.RESTARTING:
+            restarts.append(run.now_ns)
+            run.then(Answered(Tier.RECYCLE, Status.FAILED))
+    assert len(restarts) == 3
+    assert all(later - earlier >= 600 * SECOND for earlier, later in itertools.pairwise(restarts))
+    assert run.state.recycle.status is Status.USELESS
+
+
+def test_an_agent_that_stays_is_not_recycled_by_the_next_governor():
+    run = restarted()
+    assert ladder.resumed(run.state, same_agent=True, now_ns=run.now_ns).recycle.status is Status.FAILED
+
+
+def test_a_brake_while_it_restarts_does_not_spoil_the_judgement():
+    run = restarted().then(braked(0.95), Archived(True), Signalled(), AgentEnded())
+    assert (run.state.recycle.status, run.state.recycle.isolated) == (Status.RESTARTING, True)
+
+
 # What must not matter
 
 
@@ -527,8 +647,10 @@ def test_a_memcg_without_max_decides_nothing():
 ratios = st.one_of(st.floats(0, 1.2), st.sampled_from([0.3, 0.72, 0.88, 0.95, 0.99]))
 memories = st.builds(memory, ratios, st.sampled_from([1000 * MIB, 64 * MIB, -1]), st.just(0))
 growths = st.one_of(st.none(), st.just(tool()), st.just(tool(agent_mib=500)), st.just(replace(tool(), culprit_pid=0)))
+held_bytes = st.sampled_from([0, 100 * MIB, 700 * MIB])
 events = st.one_of(
-    st.builds(Sampled, st.one_of(st.none(), memories), st.just(-1)),
+    st.builds(Sampled, st.one_of(st.none(), memories), st.just(-1), held_bytes, held_bytes),
+    st.builds(Ready, st.one_of(st.none(), memories), held_bytes),
     st.builds(braked, ratios, st.one_of(st.none(), st.integers(0, 100_000)), st.booleans(), growths),
     st.builds(Archived, st.booleans(), st.one_of(st.none(), memories)),
     st.builds(
@@ -543,7 +665,7 @@ events = st.one_of(
     st.sampled_from([StillGrowing(), Thawed(), Signalled(), AgentEnded(), Stalled()]),
 )
 histories = st.lists(st.tuples(events, st.integers(-5 * SECOND, 100 * SECOND)), max_size=40)
-policies = st.sampled_from([POLICY, REACHED, NO_BRAKE, GENTLE, DRY])
+policies = st.sampled_from([POLICY, REACHED, RECYCLED, NO_BRAKE, GENTLE, DRY])
 DESTRUCTIVE = (Terminate, Kill)
 
 
@@ -570,7 +692,13 @@ def test_in_any_history(history, policy):
             if isinstance(instruction, DESTRUCTIVE):
                 assert run.state.compact.status is not Status.NONE
                 assert archived or isinstance(event, Archived) or run.state.archived
-            if isinstance(instruction, Terminate | Shed) or (
+            if isinstance(instruction, Restart):
+                assert before.recycle.status is Status.RUNNING and before.recycle.warned_ns is not None
+                assert tiers.gave_nothing(run.state.compact) or before.phase is not Phase.WATCHING
+                others_bytes = event.state.unreclaimable_bytes - event.agent_bytes
+                peak_bytes = before.resumed_peak_bytes or policy.recycle.peak_bytes
+                assert 0 < peak_bytes < 0.9 * event.state.max_bytes - others_bytes
+            if isinstance(instruction, Terminate | Shed | Restart) or (
                 isinstance(instruction, Deliver) and instruction.tier is Tier.CLEAR
             ):
                 assert not tiers.since(run.state.veto_from_ns, run.now_ns) < run.state.veto_for_ns
@@ -583,7 +711,7 @@ def test_in_any_history(history, policy):
 
 
 @settings(max_examples=150)
-@given(histories, st.sampled_from([POLICY, REACHED, NO_BRAKE]), st.data())
+@given(histories, st.sampled_from([POLICY, REACHED, RECYCLED, NO_BRAKE]), st.data())
 def test_nothing_strands(history, policy, data):
     """From every state, growth to max that goes on ends in SIGKILL, a shed, or in a loud "nothing left"."""
     run = Run(policy)
@@ -606,6 +734,8 @@ def test_nothing_strands(history, policy, data):
                     told += run.feed(Shedded(data.draw(st.integers(0, 1), "shed")))
                 case Terminate():
                     told += run.feed(Signalled())
+                case Deliver(tier=Tier.RECYCLE):
+                    told += run.feed(Ready(memory(0.99), 700 * MIB))
                 case Deliver(tier=tier):
                     answer = data.draw(st.sampled_from([Status.DELIVERED, Status.FAILED, None]), "answer")
                     if answer:
@@ -618,7 +748,7 @@ def test_nothing_strands(history, policy, data):
 def test_between_two_levels_nothing_flaps(samples):
     """One second apart and without a brake: a delivery of each tier within its cooldown, at most."""
     run = Run(REACHED)
-    begun = {Tier.COMPACT: [], Tier.CLEAR: []}
+    begun = {tier: [] for tier in Tier}
     for ratio in samples:
         run.now_ns += SECOND
         for instruction in run.feed(Sampled(memory(ratio), run.now_ns)):
@@ -648,7 +778,7 @@ def test_the_table_has_no_row_twice_and_every_row_is_reached():
     """Rows that no history above can reach would be lies."""
     assert len(ROWS) == len(set(ROWS))
     missing = set(ROWS)
-    for policy in (POLICY, REACHED, NO_BRAKE, GENTLE, replace(GENTLE, brake=Brake(enabled=False))):
+    for policy in (POLICY, REACHED, RECYCLED, NO_BRAKE, GENTLE, replace(GENTLE, brake=Brake(enabled=False))):
         for state in reachable_states():
             for event in sample_events():
                 if any(row[:2] == (state.phase, type(event)) for row in missing):
@@ -661,7 +791,8 @@ def sample_events():
     now_ns = 1000 * SECOND
     levels = (0.3, 0.5, 0.72, 0.88, 0.92, 0.98)
     return [
-        *[Sampled(memory(ratio), now_ns) for ratio in levels],
+        *[Sampled(memory(ratio), now_ns, agent_bytes) for ratio in levels for agent_bytes in (0, 600 * MIB)],
+        Ready(memory(0.88), 600 * MIB),
         *[braked(ratio, rate, growth=growth) for ratio in levels for rate in (10, 9999) for growth in (None, tool())],
         Archived(True),
         Archived(True, memory(0.3)),
@@ -678,6 +809,12 @@ def reachable_states():
         model.TierState(),
         model.TierState(Status.DELIVERED, at_ns=long_ago, engaged_ns=long_ago),
         model.TierState(Status.FAILED, at_ns=now_ns - 10 * SECOND, engaged_ns=long_ago),
+        model.TierState(Status.USELESS, at_ns=now_ns, engaged_ns=long_ago),
+    ]
+    recycles = [
+        model.TierState(engaged_ns=long_ago, reachable=True),
+        model.TierState(Status.RUNNING, tried_ns=now_ns, engaged_ns=long_ago, reachable=True),
+        model.TierState(Status.RUNNING, tried_ns=now_ns, warned_ns=long_ago, engaged_ns=long_ago, reachable=True),
     ]
     helds = [
         braked(0.72),
@@ -695,6 +832,7 @@ def reachable_states():
                         phase=phase,
                         in_episode=True,
                         compact=compact,
+                        recycle=recycles[flags % 3],
                         clear=model.TierState(engaged_ns=long_ago, warned_ns=long_ago if flags & 1 else None),
                         terminate_engaged_ns=long_ago,
                         held=held if phase is not Phase.WATCHING else None,

@@ -445,6 +445,7 @@ ASCENDING = [
     "brake.unknown_rate",
     "terminate.last",
 ]
+RECYCLE = ["recycle.release", "recycle.engage", "recycle.cooldown_waived"]
 SLOWER = ["compact.settle", "compact.cooldown", "clear_after_compact"]
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
@@ -480,8 +481,9 @@ def policies(draw):
         SLOWER,
         ["signals.raised_interval", "signals.interval"],
         ["archive.limit", "archive.keep"],
+        RECYCLE,
     ):
-        kind = st.floats(0.001, 0.999) if paths is ASCENDING else st.integers(1, 86_400 * SECOND)
+        kind = st.floats(0.001, 0.999) if paths in (ASCENDING, RECYCLE) else st.integers(1, 86_400 * SECOND)
         drawn = draw(st.lists(kind, unique=True, min_size=len(paths), max_size=len(paths)))
         values.update(zip(paths, sorted(drawn), strict=True))
     return build(values)
