@@ -155,6 +155,12 @@ class Attribution:
         """The living processes that descend from the agent as far as was seen, without the agent itself."""
         return tuple(_key(seen.process) for seen in self._seen.values() if seen.tree and seen.tree.of_agent)
 
+    def agent_held_bytes(self) -> tuple[int, int]:
+        """What the agent held at the last look, and what descends from it beside that (without shares of a fork)."""
+        agent = self._seen.get(self._agent_pid)
+        below = (seen for seen in self._seen.values() if seen.tree and seen.tree.of_agent)
+        return agent.held_bytes if agent else 0, sum(one.held_bytes for one in below if not one.process.forked_only)
+
     def _told(self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, now_ns: int) -> Growth:
         starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
         window_ns = max(0, now_ns - min(starts, default=now_ns))

@@ -48,7 +48,7 @@ class Decisions:
         """Tell the ladder what the agent can be asked for."""
         if not self._remembers:
             return
-        for tier, known in ((model.Tier.COMPACT, self.state.compact), (model.Tier.CLEAR, self.state.clear)):
+        for tier, known in zip(model.Tier, (self.state.compact, self.state.recycle, self.state.clear), strict=True):
             if known.reachable != (tier in can):
                 self.feed(model.Reachable(tier, tier in can))
 

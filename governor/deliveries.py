@@ -46,9 +46,7 @@ class Deliveries:
 
     def deliver(self, tier: Tier, reason: str, wanted: Delivery) -> None:
         """Begin it by the way that the policy wants."""
-        if knobs := self.knob_file.knobs(SLOT):  # a throttled agent could not do it
-            knobs.lift_high()
-            knobs.close()
+        self.lift_high()
         self.note("deliver", f"{tier.value}: {reason}", tier=tier.value, how=self._how(tier, wanted))
         if wanted.signal:
             self._ended(tier, signal_agent(self.agent.pidfd, self.agent.pid, wanted.signal))
@@ -73,6 +71,12 @@ class Deliveries:
             return child
 
         self.children.attempt(run, lambda ended: self._ended(tier, ended))
+
+    def lift_high(self) -> None:
+        """A throttled agent could not do it."""
+        if knobs := self.knob_file.knobs(SLOT):
+            knobs.lift_high()
+            knobs.close()
 
     def delivered(self, tier: Tier, status: Status, why: str) -> None:
         """What became of a delivery, and what whoever was asked has to say of it."""

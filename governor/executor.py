@@ -28,6 +28,7 @@ from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Policy, levels
 from governor.profile import Profile
+from governor.recycle import Recycle
 from governor.session_files import CREDENTIALS
 
 _TERMINATION_LOG_NS = 2 * SECOND
@@ -49,6 +50,7 @@ class Executor:
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
     deliveries: Deliveries
+    recycle: Recycle
     profile: Profile | None  # of the agent
     resume_path: str
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
@@ -64,6 +66,12 @@ class Executor:
         match instruction:
             case model.Archive(reason=reason):
                 self._archive(reason, state)
+            case model.Deliver(tier=Tier.RECYCLE, reason=reason):
+                self._prepare(reason, state)
+            case model.Restart(reason=reason):
+                self.recycle.restart(reason, self.policy)
+            case model.Withheld(tier=tier, reason=reason):
+                self.note("withheld", f"no {tier.value}: {reason}", tier=tier.value)
             case model.Deliver(tier=tier, reason=reason):
                 wanted = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
                 self.deliveries.deliver(tier, reason, wanted)
@@ -139,8 +147,19 @@ class Executor:
 
     # Tier 3
 
-    def _archive(self, reason: str, state: model.State, is_last: bool = False) -> None:
-        """In full, or what has changed since the full one of this agent; `is_last`: no further one is based on it."""
+    def _prepare(self, reason: str, state: model.State) -> None:
+        self.deliveries.lift_high()  # a throttled agent ends late
+        self.note("deliver", f"recycle: {reason}", tier=Tier.RECYCLE.value)
+        why = "before the agent is recycled"
+        self.recycle.prepare(self.policy.recycle.deadline_ns, lambda then: self._archive(why, state, then=then))
+
+    def _archive(
+        self, reason: str, state: model.State, is_last: bool = False, then: Callable[[bool], None] | None = None
+    ) -> None:
+        """In full, or what has changed since the full one of this agent; `is_last`: no further one is based on it.
+
+        `then` is told whether it went well, instead of the ladder.
+        """
         policy, agent = self.policy.archive, self.agent
         patterns = agent.patterns(policy.globs)
         facts = {"agent_pid": agent.pid, "ladder": plain(state)}
@@ -172,10 +191,10 @@ class Executor:
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.children.attempt(
-            lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last)
+            lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last, then)
         )
 
-    def _archived(self, ended: Ended, is_last: bool) -> None:
+    def _archived(self, ended: Ended, is_last: bool, then: Callable[[bool], None] | None) -> None:
         if ended.ok:
             made = orjson.loads(ended.output)
             what = "changed session files" if made["base"] else "session files"
@@ -192,7 +211,10 @@ class Executor:
         else:
             self._full = self._full[0], ""
             self.note("archive_failed", f"archive failed: {ended.why}", status=ended.status)
-        self.feed(model.Archived(ended.ok, self.look()))
+        if then:
+            then(ended.ok)
+        else:
+            self.feed(model.Archived(ended.ok, self.look()))
 
     def _shed(self, shed: model.Shed, state: model.State) -> None:
         self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
@@ -235,6 +257,8 @@ class Executor:
     def _resume(self, how: str, why: str) -> None:
         """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
         profile, agent = self.profile, self.agent.known
+        if self.recycle.awaits_end:  # and so its session goes on compacted
+            return
         if not (self.resume_path and profile and agent and (argv := resume.command(profile, agent))):
             return
         try:

@@ -30,6 +30,7 @@ class Guard:
     only_pid: bool = False  # agent_pid is the only agent there will be: whoever else is in the memcg is none
     resume_path: str = ""  # where governor run looks for what to start after the agent's end; "": nothing is resumed
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
+    recycled: str | None = None  # the agent came back by a recycle: "" compacted, else why not
 
 
 def read_profile(guard: Guard) -> Profile | None:
@@ -50,6 +51,9 @@ def read_policy(guard: Guard, profile: Profile | None) -> Policy:
         wanted = replace(
             wanted,
             compact=_known(wanted.compact, profile, Tier.COMPACT, profile.efficacy.compact),
+            recycle=replace(
+                wanted.recycle, peak_bytes=wanted.recycle.peak_bytes or profile.session.resume_peak_bytes
+            ),
             clear=_known(wanted.clear, profile, Tier.CLEAR, profile.efficacy.clear),
             archive=replace(wanted.archive, globs=globs),
         )

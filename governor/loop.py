@@ -21,6 +21,7 @@ import orjson
 
 from governor import children, instance, link, model, pins, policy, poll_source, record
 from governor.actions.commands import Commands
+from governor.actions.processes import peak_anonymous_bytes
 from governor.agent_process import AgentProcess
 from governor.attribution import Attribution
 from governor.brake import BRAKE_NAMES, FREEZE, SLOT, KnobFile
@@ -36,6 +37,7 @@ from governor.model import Phase
 from governor.oom_kills import OomKills
 from governor.policy import MS, SECOND, Source
 from governor.programs import Programs
+from governor.recycle import Recycle
 from governor.reflex_process import ReflexProcess
 from governor.subscribers import TOLD, Subscribers
 from governor.tiers import since
@@ -89,6 +91,18 @@ class Loop:
             channel=guard.channel,
         )
         self._subscribers.on_answer = self._deliveries.delivered
+        self._recycle = Recycle(
+            agent=self._agent,
+            children=self._children,
+            limits=self._limits,
+            note=self._note,
+            feed=self._decisions.feed,
+            answered=lambda status, why: self._deliveries.delivered(model.Tier.RECYCLE, status, why),
+            agent_bytes=lambda: sum(self._attribution.agent_held_bytes()),
+            profile=self._profile,
+            channel=guard.channel,
+            resume_path=guard.resume_path,
+        )
         archives = Path(guard.archive_directory)
         self._executor = Executor(
             cgroup=guard.cgroup,
@@ -98,6 +112,7 @@ class Loop:
             knob_file=self._knob_file,
             children=self._children,
             deliveries=self._deliveries,
+            recycle=self._recycle,
             send=self._reflex.send,
             note=self._note,
             limits=self._limits,
@@ -137,6 +152,7 @@ class Loop:
         self._decisions.remember()
         self._reachable()
         self._journal.begin()
+        self._after_recycle()
         try:
             self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
             self._programs.load(self._children)
@@ -157,9 +173,11 @@ class Loop:
         if self._decisions.state.phase is Phase.HELD:  # whoever delivers to a frozen agent has to wait
             self._children.prolong(now_ns - self._turned_ns)
             self._subscribers.prolong(now_ns - self._turned_ns)
+            self._recycle.prolong(now_ns - self._turned_ns)
         self._turned_ns = now_ns
         self._children.check_deadlines(now_ns)
         self._subscribers.check_deadlines(now_ns)
+        self._recycle.check_deadline(now_ns)
         if now_ns - self._sampled_ns >= self._interval_ns():
             self._sample(now_ns)
         wait_ns = self._sampled_ns + self._interval_ns() - time.monotonic_ns()
@@ -225,6 +243,8 @@ class Loop:
         self._note("policy", text, path=self._guard.policy, policy=plain(self._policy))
 
     def _end(self) -> None:
+        if self._agent.pid:
+            self._recycle.let_be()
         for what in self._children.abandon():
             self._note("abandoned", f"was still running: {what}")
         self._reflex.stop()
@@ -370,6 +390,7 @@ class Loop:
         self._subscribers.drop_requests()
         self._decisions.feed(model.AgentEnded())
         self._executor.archive_the_end(state, self._kills.what_killed())
+        self._recycle.ended()
         self._agent.forget()
         self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
@@ -387,9 +408,19 @@ class Loop:
         return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
 
     def _reachable(self) -> None:
-        self._decisions.reachable(self._deliveries.can)
+        recycle = {model.Tier.RECYCLE} if self._agent.known and self._recycle.possible else set()
+        self._decisions.reachable(self._deliveries.can | recycle)
 
     # The ladder
+
+    def _after_recycle(self) -> None:
+        """An agent was recycled, and governor run, which did it, says whether it was compacted."""
+        self._recycle.let_be()  # what is ordered now is of a guard that died
+        if self._decisions.state.recycle.status is model.Status.RESTARTING:
+            why = "nobody took its session up again" if self._guard.recycled is None else self._guard.recycled
+            self._deliveries.delivered(
+                model.Tier.RECYCLE, model.Status.FAILED if why else model.Status.DELIVERED, why
+            )
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
@@ -415,7 +446,10 @@ class Loop:
         if (for_ns := self._veto.changed()) is not None:
             self._note("veto", f"nothing but the brake for {for_ns / SECOND:g} s" if for_ns else "the veto is over")
             self._decisions.feed(model.Vetoed(for_ns))
-        self._decisions.feed(model.Sampled(state, boottime_ns()))
+        own_bytes, below_bytes = self._attribution.agent_held_bytes()
+        settles = self._decisions.state.recycle.status is model.Status.DELIVERED
+        peak_bytes = below_bytes + peak_anonymous_bytes(self._agent.pid) if settles and self._agent.pid else 0
+        self._decisions.feed(model.Sampled(state, boottime_ns(), own_bytes + below_bytes, peak_bytes))
 
     def _first_line(self) -> dict[str, object]:
         return {"policy": plain(self._policy), "state": plain(self._decisions.state), "guard": asdict(self._guard)}

@@ -115,6 +115,9 @@ class Session:
     globs: tuple[str, ...] = ()
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
     resume: tuple[str, ...] = ()  # argv that goes on with it
+    # What the agent holds at most once it was resumed compacted, and what compacting it takes, whichever is more; 0:
+    # not known. Where it is, and compact frees nothing, an idle agent is recycled.
+    resume_peak_bytes: int = 0
     sweep: tuple[str, ...] = ()  # globs of the names of processes that outlive the agent, and are to be ended with it
 
 
@@ -142,9 +145,9 @@ class Profile:
     efficacy: Efficacies = field(default_factory=Efficacies)
 
     def text(self, tier: Tier) -> str:
-        """What is typed for compact or clear; "" where it is not known."""
-        return self.type.compact if tier is Tier.COMPACT else self.type.clear
+        """What is typed for a tier; "" where it is not known."""
+        return {Tier.COMPACT: self.type.compact, Tier.CLEAR: self.type.clear}.get(tier, "")
 
     def signal(self, tier: Tier) -> str:
-        """The signal for compact or clear, by name; "" where there is none."""
-        return self.signals.compact if tier is Tier.COMPACT else self.signals.clear
+        """The signal for a tier, by name; "" where there is none."""
+        return {Tier.COMPACT: self.signals.compact, Tier.CLEAR: self.signals.clear}.get(tier, "")

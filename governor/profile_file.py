@@ -174,6 +174,8 @@ _NEEDS = (
     ("type.stash", "screen.prompt"),
     ("type.unstash", "type.stash"),
     ("type.stash_returns", "type.stash"),
+    ("session.compact_stopped", "session.resume"),
+    ("session.resume_peak", "session.compact_stopped"),
     ("confirm.compact_record", "confirm.transcript"),
     ("confirm.clear_record", "confirm.transcript"),
     ("confirm.clear_new_session", "state_file.session"),

@@ -7,7 +7,9 @@ knows no way to resume, or no session id could be read, there is no order, and n
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import orjson
 
@@ -15,23 +17,52 @@ from governor.profile import Profile
 from governor.profile_agent import Agent
 from governor.profile_state import read_state_file
 
-TERMINATED, OOM_KILLED = "terminated", "oom_killed"
+TERMINATED, OOM_KILLED, RECYCLED = "terminated", "oom_killed", "recycled"
+LATE = "late"  # RECYCLED, and the agent did not end in time: counts only if it ends by SIGTERM
+_LIMIT_BYTES = 64 << 10
 
 
-def command(profile: Profile, agent: Agent) -> tuple[str, ...]:
-    """The argv that goes on with the agent's session, as its state file names it; empty where that is not known."""
-    wanted = profile.session.resume
+def command(profile: Profile, agent: Agent, what: Literal["resume", "compact_stopped"] = "resume") -> tuple[str, ...]:
+    """The argv that goes on with the agent's session, or compacts it once the agent has ended.
+
+    The session is as its state file names it; where that is not known there is none: ().
+    """
+    wanted = profile.session.resume if what == "resume" else profile.session.compact_stopped
     session = (
         read_state_file(profile.state_file, agent).session if any("{session}" in word for word in wanted) else "-"
     )
     return tuple(word.replace("{session}", session) for word in wanted) if session else ()
 
 
-def order(path: str, how: str, why: str, argv: tuple[str, ...]) -> None:
-    """Write it: `how` is TERMINATED or OOM_KILLED, `why` is for people. Raises OSError."""
+def order(
+    path: str, how: str, why: str, argv: tuple[str, ...], compacting: tuple[str, ...] = (), within_s: float = 0
+) -> None:
+    """Write it: `how` is TERMINATED, OOM_KILLED or RECYCLED, `why` is for people. Raises OSError.
+
+    `compacting` is run before, for so long at most.
+    """
+    _write(path, {"how": how, "why": why, "command": argv, "compacting": compacting, "within_s": within_s})
+
+
+def loosen(path: str) -> None:
+    """Make an order of a recycle that the agent did not follow in time one of a late end, if there is one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with Path(path).open("rb") as file:
+            told = orjson.loads(file.read(_LIMIT_BYTES))
+        if told["how"] == RECYCLED:
+            _write(path, told | {"how": LATE})
+
+
+def withdraw(path: str) -> None:
+    """Nothing is to be started."""
+    with suppress(OSError):
+        Path(path).unlink()
+
+
+def _write(path: str, told: dict[str, object]) -> None:
     beside = Path(f"{path}.new")
     beside.unlink(missing_ok=True)
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(orjson.dumps({"how": how, "why": why, "command": argv}))
+        file.write(orjson.dumps(told))
     beside.rename(path)

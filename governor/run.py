@@ -14,7 +14,7 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-from governor import run_resume, run_start, subtree
+from governor import run_compact, run_resume, run_start, subtree
 from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
 from governor.run_socket import ControlSocket
@@ -29,7 +29,7 @@ _REST_NS = 1_000_000_000  # what the agent leaves running has so long after SIGT
 _GUARD_NS = 20_000_000_000  # and its guard, which may be writing an archive
 _AFTER_FAULT_S = 0.1
 _BACKGROUND_NS = 100_000_000  # how often to look whether it is over
-_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_ENDING: set[int] = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _LAST_READS = 64  # of 64 KiB: more than any pipe holds
 
 
@@ -58,6 +58,7 @@ class Run:
         self._status: int | None = None  # the agent's, as a shell tells it
         self._kill_at_ns: int | None = None
         self._killed = False
+        self._recycled: str | None = None  # the agent was recycled: "" compacted, else why not
         self._control: ControlSocket | None = None
 
     def run(self) -> int:
@@ -71,12 +72,13 @@ class Run:
                 order = run_resume.take((self._options.guard or {}).get("resume_path", ""), status)
                 if order is None or self._kill_at_ns is not None:
                     return status
-                wait_ns = tries.wait_ns(time.monotonic_ns())
+                wait_ns = tries.wait_ns(time.monotonic_ns(), bool(order.compacting))
                 if wait_ns is None:
                     say(f"{order.why}. It was resumed {tries.failures} times and did not last: not again")
                     return status
-                say(f"{order.why}. Its session goes on in {wait_ns / 1e9:.1f} s: {' '.join(order.command)}")
-                if self._is_told_to_end(wait_ns):
+                how = "is compacted, and goes on" if order.compacting else "goes on"
+                say(f"{order.why}. Its session {how} in {wait_ns / 1e9:.1f} s: {' '.join(order.command)}")
+                if self._is_told_to_end(wait_ns) or not self._compact(order):
                     return status
                 self._let_go()
                 command = order.command
@@ -86,13 +88,33 @@ class Run:
         finally:
             self._close()
 
+    def _compact(self, order: run_resume.Order) -> bool:
+        """Compact the stopped session, where that is ordered; False when a signal came that ends us.
+
+        One that could not be compacted goes on all the same, and the next guard hears why.
+        """
+        self._recycled = None
+        if not order.compacting:
+            return True
+        options = self._options
+        without, within_s = tuple(options.without), order.within_s
+        done = run_compact.compact(order.compacting, within_s, options.memcg, without, self._wake_fd, _ENDING)
+        self._reap()
+        if done.ended_by:
+            return False
+        self._recycled = done.why_not
+        if done.why_not:
+            say(f"its session was not compacted, and goes on as it is: {done.why_not}")
+        return True
+
     def _run(self, command: list[str]) -> int:
         """One agent, from its start to its end; raises CannotStart."""
         options = self._options
         self._status, self._killed = None, False
         self._agent, self._streams = run_start.start(command, self._terminal, options.memcg, tuple(options.without))
         try:
-            self._guard = GuardProcess(options.guard, self._agent.pid, self._log)
+            guard = options.guard and options.guard | {"recycled": self._recycled}
+            self._guard = GuardProcess(guard, self._agent.pid, self._log)
             self._listen()
             while self._goes_on():
                 try:

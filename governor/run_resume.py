@@ -8,22 +8,25 @@ import random
 from typing import NamedTuple
 
 _LIMIT_BYTES = 64 << 10
-_KILLED_STATUS = 128 + 9
+_STATUSES = {"oom_killed": 128 + 9, "late": 128 + 15}
 _BACKOFF_NS = (1_000_000_000, 4_000_000_000, 16_000_000_000, 60_000_000_000)  # each half as long to half again
 _LASTED_NS = 300_000_000_000  # who lived so long has not failed to come back
 
 
 class Order(NamedTuple):
-    """What is to be started, and why, for people."""
+    """What is to be started, and why, for people; before it `compacting`, if any, for so long at most."""
 
     command: list[str]
     why: str
+    compacting: list[str] = []  # noqa: RUF012  never changed
+    within_s: float = 0
 
 
 def take(path: str, status: int) -> Order | None:
     """The order that the guard has left, if it is about this end; it is gone then.
 
-    `status` is the agent's: one that the kernel's OOM killer did not end by SIGKILL has ended for another reason.
+    `status` is the agent's: one that the kernel's OOM killer did not end by SIGKILL has ended for another reason, as
+    has one that should end for a recycle, was late, and did not end by SIGTERM.
     """
     if not path:
         return None
@@ -31,9 +34,11 @@ def take(path: str, status: int) -> Order | None:
         with open(path, "rb") as file:  # noqa: PTH123  no pathlib here
             said = json.loads(file.read(_LIMIT_BYTES))
         os.unlink(path)  # noqa: PTH108
-        if said["how"] == "oom_killed" and status != _KILLED_STATUS:
+        if _STATUSES.get(said["how"], status) != status:
             return None
-        return Order([str(word) for word in said["command"]], str(said["why"]))
+        compacting = [str(word) for word in said.get("compacting", ())]
+        command = [str(word) for word in said["command"]]
+        return Order(command, str(said["why"]), compacting, float(said.get("within_s", 0)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -49,12 +54,15 @@ class Tries:
         """The agent is started."""
         self._began_ns = now_ns
 
-    def wait_ns(self, now_ns: int) -> int | None:
-        """The agent was ended, and is to come back: how long to wait before; None: not again."""
+    def wait_ns(self, now_ns: int, recycled: bool = False) -> int | None:
+        """The agent was ended, and is to come back: how long to wait before; None: not again.
+
+        The first of those that did not last does not wait if it was `recycled`.
+        """
         if now_ns - self._began_ns >= _LASTED_NS:
             self.failures = 0
         if self.failures == len(_BACKOFF_NS):
             return None
         wait_ns = int(_BACKOFF_NS[self.failures] * random.uniform(0.5, 1.5))  # noqa: S311  no secret
         self.failures += 1
-        return wait_ns
+        return 0 if recycled and self.failures == 1 else wait_ns

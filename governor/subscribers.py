@@ -52,12 +52,23 @@ _LINES_A_SECOND = 100
 _CHANGE_NS = 1_000_000_000  # who can do what is told on no more often: each time costs a line and a file
 _REASON_LIMIT = 300
 _CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid of SO_PEERCRED
+_ASKED_FOR = {tier.value: tier for tier in (Tier.COMPACT, Tier.CLEAR)}
 _ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed": Status.FAILED}
 
 TOLD = frozenset(  # of the journal's kinds
     {
         *("warning", "braked", "thawed", "archived", "archive_failed", "shed", "told", "terminating", "killed"),
-        *("agent", "agent_ended", "nothing_left", "oom_kill", "oom_killed", "veto", "stopping"),
+        *(
+            "recycling",
+            "withheld",
+            "agent",
+            "agent_ended",
+            "nothing_left",
+            "oom_kill",
+            "oom_killed",
+            "veto",
+            "stopping",
+        ),
     }
 )
 
@@ -271,7 +282,7 @@ class Subscribers:
         try:
             said = orjson.loads(line)
             if said["type"] == "subscribe":
-                can = frozenset(Tier(what) for what in said["can"])
+                can = frozenset(_ASKED_FOR[what] for what in said["can"])
                 self._has_changed |= can != subscriber.can
                 subscriber.can, subscriber.has_spoken = can, True
                 fd = subscriber.connection.fileno()

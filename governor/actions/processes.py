@@ -63,6 +63,21 @@ def anonymous_bytes(pid: int) -> int | None:
     return max(0, int(resident) - int(shared)) * _PAGE_BYTES
 
 
+def peak_anonymous_bytes(pid: int) -> int:
+    """The most that was resident of one process, less the files that are now; 0 when it is gone."""
+    try:
+        status = parse_flat(Path(f"/proc/{pid}/status").read_bytes())
+    except OSError:
+        return 0
+    return max(0, status.get(b"VmHWM", 0) - status.get(b"RssFile", 0)) << 10
+
+
+def parse_flat(status: bytes) -> dict[bytes, int]:
+    """The lines of /proc/PID/status that say a number of KiB."""
+    lines = (line.split() for line in status.splitlines() if line.endswith(b" kB"))
+    return {words[0].rstrip(b":"): int(words[1]) for words in lines if len(words) == 3 and words[1].isdigit()}
+
+
 def processes(path: str) -> list[Process]:
     """All processes of a memcg that could be read."""
     return [process for pid in memcg_pids(path) if (process := read_process(pid))]
