@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict
 from json import dumps
 from typing import Annotated, Any
@@ -15,7 +16,9 @@ from governor.cli_common import JsonOption, by_table, fail, load_or_exit, out
 from governor.model import Tier
 from governor.policy_keys import Key, flatten, written
 from governor.profile import Profile
+from governor.profile_agent import Agent
 from governor.profile_file import KEYS, Loaded
+from governor.profile_state import Seen
 
 profile_app = typer.Typer(help="List, show, check and try profiles of agents.", no_args_is_help=True)
 
@@ -123,8 +126,9 @@ def attempt(profile: Profile, pid: int, channel: str) -> dict[str, Any]:
             files[-1] = "..."
             break
     told["would_archive"] = files
-    for tier in Tier:
+    for tier in (Tier.COMPACT, Tier.CLEAR):
         told[f"would_{tier.value}"] = _would(profile, tier)
+    told["would_recycle"] = _would_recycle(profile, agent, seen)
     if any(profile.text(tier) for tier in Tier):
         missing = "no terminal was named: give --tmux or --control"
         why_not = why_not or (missing if lines is None else refusal(profile, seen))
@@ -135,6 +139,22 @@ def attempt(profile: Profile, pid: int, channel: str) -> dict[str, Any]:
         unheard = sorted(name for name in names if not handles(agent.pid, name))
         why_not = f"process {agent.pid} does not handle {', '.join(unheard)}" if unheard else ""
     return told | {"why_not": why_not}
+
+
+def _would_recycle(profile: Profile, agent: Agent, seen: Seen) -> str:
+    from governor import recycle, resume
+
+    compacting = resume.command(profile, agent, "compact_stopped")
+    again = resume.command(profile, agent, "resume")
+    if not (profile.session.compact_stopped and profile.session.resume_peak_bytes):
+        return "nothing: not known"
+    if why_not := recycle.refusal(profile, agent, seen):
+        return f"nothing now: {why_not}"
+    peak_mib = profile.session.resume_peak_bytes >> 20
+    return (
+        f"end it with SIGTERM, run {shlex.join(compacting)}, then {shlex.join(again)}, by governor run only, where "
+        f"compact frees nothing and up to {peak_mib} MiB of it fit beside the others"
+    )
 
 
 def _would(profile: Profile, tier: Tier) -> str:

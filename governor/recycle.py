@@ -7,6 +7,7 @@ later; an agent that does not end within the grace stays. The session is archive
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from governor.policy import SECOND, Policy
 from governor.profile import Profile
 from governor.profile_agent import Agent, find_agent
 from governor.profile_state import Seen, State, look, shown
+from governor.session_files import find, parse_pattern
 
 _REASON_LIMIT = 400
 
 
-def refusal(profile: Profile, seen: Seen) -> str:
+def refusal(profile: Profile, agent: Agent, seen: Seen) -> str:
     """Why an agent may not be recycled now; "" where it may."""
     if seen.state is not State.IDLE:
         return f"it is {seen.state.value}: {seen.why}"
@@ -35,7 +37,18 @@ def refusal(profile: Profile, seen: Seen) -> str:
         return "no input is on its screen"
     if seen.draft:
         return f"a draft is in its input ({shown(seen.draft)})"
-    return "" if seen.session else "its session is not known"
+    if not seen.session:
+        return "its session is not known"
+    transcript = profile.confirm.transcript.replace("{session}", seen.session)
+    return "nothing of its session is written yet" if transcript and not _is_there(transcript, agent.home) else ""
+
+
+def _is_there(glob: str, home: str) -> bool:
+    for found in find([parse_pattern(glob, home)]):
+        if found.fd is not None:
+            os.close(found.fd)
+            return True
+    return False
 
 
 @dataclass(slots=True)
@@ -129,8 +142,10 @@ class Recycle:
         def on_end(ended: Ended) -> None:
             if ended.ok:
                 go_on()
+            elif ended.deferred:
+                self.answered(Status.DEFERRED, ended.output.decode(errors="replace"))
             else:
-                self.answered(Status.DEFERRED if ended.deferred else Status.FAILED, ended.why)
+                self.answered(Status.FAILED, ended.why)
 
         self.children.attempt(lambda: _start_look(profile, self.agent.pid, self.channel, deadline_ns), on_end)
 
@@ -148,7 +163,8 @@ def look_at(profile: Profile, agent: Agent, channel: str) -> Seen:
 def _start_look(profile: Profile, pid: int, channel: str, deadline_ns: int) -> Child:
     def work() -> bytes:
         try:
-            why = refusal(profile, look_at(profile, find_agent(profile.match, pid), channel))
+            agent = find_agent(profile.match, pid)
+            why = refusal(profile, agent, look_at(profile, agent, channel))
         except ChannelError as error:
             why = str(error)
         if why:

@@ -7,22 +7,27 @@ had.
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from governor import profile_file
+from governor.actions.processes import anonymous_bytes
 from governor.delivery import deliver, open_terminal
 from governor.model import Status, Tier
 from governor.policy import SECOND
 from governor.profile_agent import find_agent
 from governor.profile_cli import attempt
 from governor.profile_state import State, look
+from governor.subtree import read_stat
 from tests.fakes.stage import PtyStage, TmuxStage
 from tests.waiting import wait_for
 
@@ -60,7 +65,10 @@ def program(tmp_path_factory):
 class Claude:
     """A running Claude Code and the record of what it asked its model."""
 
-    def __init__(self, kind, program: str, directory: Path, settings: dict) -> None:
+    def __init__(
+        self, kind, program: str, directory: Path, settings: dict, before: Sequence[str] = (), more: Mapping = {}
+    ) -> None:
+        """`before`: words before the program; `more`: of the environment."""
         self.home, self.work, self.requests = directory / "home", directory / "work", directory / "requests"
         self.home.mkdir()
         self.work.mkdir()
@@ -81,9 +89,13 @@ class Claude:
             "HOME": str(self.home),
             "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port.read_text()}",
         }
-        start = f'cd "{self.work}" && exec "{program}" --permission-mode default'
-        self.stage = kind(directory, ["sh", "-c", start], environment)
-        wait_for(lambda: (self.home / f".claude/sessions/{self.stage.pid}.json").exists(), 60)
+        command = shlex.join([*before, program, "--permission-mode", "default"])
+        self.stage = kind(directory, ["sh", "-c", f'cd "{self.work}" && exec {command}'], environment | more)
+        wait_for(lambda: list((self.home / ".claude/sessions").glob("*.json")), 60)
+        self.find()
+
+    def find(self) -> None:
+        """The process and its terminal, once it takes text."""
         self.agent = find_agent(PROFILE.match, self.stage.pid)
         self.terminal = open_terminal(self.stage.channel, self.agent)
         wait_for(lambda: self.seen().open, 60)
@@ -224,3 +236,55 @@ def test_a_session_too_short_to_compact_is_told(start):
     claude = start()
     outcome = claude.deliver()
     assert (outcome.status, "refused" in outcome.reason) == (Status.FAILED, True)
+
+
+def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, tmp_path):
+    """Under `governor run`, whose policy says that it is time, and that there is room."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "claude").symlink_to(program)
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        "[compact]\nengage = 0.02\nrelease = 0.01\n[signals]\nstalled_compact = 0.02\n[recycle]\nengage = 0.03\n"
+        'release = 0.02\npeak = "100MiB"\nfreed = 0.001\ndwell = "45s"\nwarning = "1s"\nsettle = "15s"\n'
+    )
+    run = [
+        sys.executable,
+        "-m",
+        "governor",
+        "run",
+        "--memory-max",
+        "3GiB",
+        "--source",
+        "poll",
+        "--policy",
+        str(policy),
+    ]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": str(FAKES.parents[1]), "PATH": path}
+    claude = Claude(PtyStage, "claude", tmp_path, {}, [*run, "--"], environment)
+
+    def log():
+        return "".join(file.read_text() for file in (tmp_path / "state" / "governor").glob("run-*.log"))
+
+    try:
+        claude.turn("hello")
+        claude.turn("BIG 1000")
+        claude.turn("BIG 1000")
+        session, pid, held_bytes = claude.seen().session, claude.agent.pid, anonymous_bytes(claude.agent.pid)
+        told = attempt(PROFILE, claude.stage.pid, claude.stage.channel)
+        assert told["would_recycle"].startswith("end it")
+        wait_for(lambda: read_stat(pid) is None, 120)
+        wait_for(lambda: "recycle freed" in log(), 120)
+        claude.find()
+        print(log(), f"{held_bytes >> 20} MiB before, {anonymous_bytes(claude.agent.pid) >> 20} MiB after")
+        assert (claude.seen().session, claude.agent.pid != pid) == (session, True)
+        assert claude.answers().count("compaction") == 1
+        [transcript] = (claude.home / ".claude/projects").glob(f"*/{session}.jsonl")
+        assert '"subtype":"compact_boundary"' in transcript.read_text()
+        assert anonymous_bytes(claude.agent.pid) < held_bytes
+        assert "of use" in log()
+        claude.turn("and on it goes")
+    finally:
+        os.kill(claude.stage.pid, signal.SIGTERM)
+        wait_for(lambda: read_stat(claude.stage.pid).ended)
+        claude.close()

@@ -3,7 +3,8 @@
     model_api.py PORT_FILE REQUESTS_FILE
 
 Writes the port that it listens on to PORT_FILE and a line of JSON for every request to REQUESTS_FILE: the last text
-of the user, and what was answered. A line of the last text decides the answer: "SLOW n" takes n seconds, "TOOL
+of the user, and what was answered. A line of the last text decides the answer: "BIG n" is n thousand characters,
+"SLOW n" takes n seconds, "TOOL
 command" asks for the Bash tool to run the command ("SLOW n TOOL command": after n seconds), a compaction request
 gets a summary, all else a short text. Standard library only.
 """
@@ -56,6 +57,8 @@ def decide(body: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
         return "tool", {**tool, "input": {"command": command, "description": "a command"}}, float(seconds or 0)
     if seconds:
         return "slow", {"type": "text", "text": "That took a while."}, float(seconds)
+    if big := re.search(r"^BIG ([0-9]+)$", text, re.MULTILINE):
+        return "text", {"type": "text", "text": ("It is a long story.\n" * 50)[:1000] * int(big[1])}, 0.0
     return "text", {"type": "text", "text": "It is done."}, 0.0
 
 

@@ -70,6 +70,12 @@ class Desk:
     def type(self, text):
         self.terminal.type(text.encode())
 
+    def do(self, line):
+        """Type a line and await the next prompt."""
+        before = self.terminal.output.count(b"agent> ")
+        self.type(f"{line}\r")
+        wait_for(lambda: self.terminal.read(0.05) is not None and self.terminal.output.count(b"agent> ") > before, 60)
+
     @property
     def log(self):
         state = self.directory / "state" / "governor"
@@ -131,7 +137,9 @@ def test_an_idle_agent_goes_on_compacted_under_its_session(desk):
 
 def test_one_that_works_or_has_a_draft_is_left_alone_until_it_is_idle(desk):
     agent = desk()
-    agent.type("grow 122\rwork 4\rdraft")
+    agent.do("grow 122")
+    agent.do("work 4")  # the warning gives a person the time for it
+    agent.type("draft")
     agent.await_log("recycle was deferred: it is busy: its state file says busy")
     agent.await_log("recycle was deferred: a draft is in its input ('draft')")
     assert agent.turns == ["began"]
@@ -141,7 +149,8 @@ def test_one_that_works_or_has_a_draft_is_left_alone_until_it_is_idle(desk):
 
 def test_one_that_ignores_sigterm_stays_and_what_was_ordered_does_not_come(desk):
     agent = desk()
-    agent.type("deaf\rgrow 122\r")
+    agent.do("deaf")
+    agent.do("grow 122")
     agent.await_log("recycle was failed: the agent has not ended after SIGTERM")
     agent.type("exit 0\r")
     assert agent.terminal.wait() == 0
