@@ -271,8 +271,8 @@ def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, 
         claude.turn("BIG 1000")
         claude.turn("BIG 1000")
         session, pid, held_bytes = claude.seen().session, claude.agent.pid, anonymous_bytes(claude.agent.pid)
-        told = attempt(PROFILE, claude.stage.pid, claude.stage.channel)
-        assert told["would_recycle"].startswith("end it")
+        pid_and_channel = claude.stage.pid, claude.stage.channel
+        wait_for(lambda: attempt(PROFILE, *pid_and_channel)["would_recycle"].startswith("end it"))
         wait_for(lambda: read_stat(pid) is None, 120)
         wait_for(lambda: "recycle freed" in log(), 120)
         claude.find()

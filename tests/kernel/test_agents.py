@@ -143,3 +143,47 @@ def test_a_tool_that_bursts_is_shed_and_the_agent_is_told(desk, tmp_path):
     assert told["text"][:40] in Path(f"/run/governor/memcg-{cgroup_id}.told").read_text()
     time.sleep(0.5)
     assert run.status is None and not run.ended()
+
+
+RECYCLE_PROFILE = """
+[match]
+process = ["resumable.py"]
+[state_file]
+path = "{directory}/{{pid}}.json"
+session = "sessionId"
+start = "procStart"
+status = "status"
+idle = ["idle"]
+busy = ["busy"]
+[signals]
+compact = "SIGUSR1"
+[session]
+globs = ["{directory}/*.jsonl"]
+compact_stopped = ["{python}", "{agent}", "{directory}", "--compact", "{{session}}"]
+resume = ["{python}", "{agent}", "{directory}", "--resume", "{{session}}"]
+resume_peak = "40MiB"
+[efficacy]
+compact = "useless"
+"""
+
+
+def test_an_idle_agent_is_recycled_in_its_memcg(desk, tmp_path):
+    agent = AGENT.with_name("resumable.py")
+    profile, policy = tmp_path / "profile.toml", tmp_path / "policy.toml"
+    profile.write_text(RECYCLE_PROFILE.format(directory=tmp_path, python=sys.executable, agent=agent))
+    policy.write_text('[recycle]\nretry = "1s"\nwarning = 0\nsettle = "2s"\n')
+    options = ["--profile", profile, "--policy", policy, "--memory-max", "100MiB"]
+    terminal = desk(*options, "--", sys.executable, agent, tmp_path)
+    terminal.shows("agent> ")
+    wait_for(lambda: terminal.lines("protecting"))
+    terminal.type("grow 70\r")
+    terminal.shows("goes on in 0.0 s")
+    wait_for(lambda: terminal.look() and terminal.lines("settled"))
+    [transcript] = tmp_path.glob("session-*.jsonl")
+    turns = [json.loads(line)["text"] for line in transcript.read_text().splitlines()]
+    assert turns == ["began", "saved on SIGTERM", "compacted", "resumed"]
+    assert "of use" in terminal.lines("settled")[0]["text"]
+    assert not terminal.lines("killed", "terminating")
+    terminal.type("exit 0\r")
+    wait_for(lambda: terminal.look() is not None and terminal.ended())
+    assert terminal.status == 0

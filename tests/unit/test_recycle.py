@@ -1,0 +1,109 @@
+"""What a recycle goes by: whether the agent is idle, the order for `governor run`, what a process held at most."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from governor import profile_file, recycle, resume, run_resume
+from governor.actions import processes
+from governor.attribution import Attribution
+from governor.guard import Guard, read_policy
+from governor.profile import Confirm, Profile, Screen
+from governor.profile_agent import Agent
+from governor.profile_state import Seen, State
+
+CLAUDE = profile_file.load("claude-code").profile
+AT_SCREEN = Profile(screen=Screen(prompt="> (?P<draft>.*)"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "seen", "why"),
+    [
+        (Profile(), Seen(State.IDLE, "", "s1"), ""),
+        (AT_SCREEN, Seen(State.IDLE, "", "s1", draft=""), ""),
+        (AT_SCREEN, Seen(State.IDLE, "", "s1"), "no input is on its screen"),
+        (AT_SCREEN, Seen(State.IDLE, "", "s1", draft="rm"), "a draft is in its input ('rm')"),
+        (Profile(), Seen(State.IDLE, ""), "its session is not known"),
+        *(
+            (Profile(), Seen(state, "so", "s1"), f"it is {state.value}: so")
+            for state in State
+            if state is not State.IDLE
+        ),
+        (Profile(confirm=Confirm(transcript="~/{session}.jsonl")), Seen(State.IDLE, "", "s1"), ""),
+        (
+            Profile(confirm=Confirm(transcript="~/{session}.jsonl")),
+            Seen(State.IDLE, "", "s2"),
+            "nothing of its session is written yet",
+        ),
+    ],
+)
+def test_only_an_idle_agent_without_a_draft_and_with_a_session_may_be_recycled(tmp_path, profile, seen, why):
+    (tmp_path / "s1.jsonl").touch()
+    agent = Agent(os.getpid(), 0, os.getpid(), os.getuid(), str(tmp_path), "agent")
+    assert recycle.refusal(profile, agent, seen) == why
+
+
+def test_an_order_of_a_recycle_holds_for_a_late_end_only_if_that_is_by_sigterm(tmp_path):
+    path = str(tmp_path / "order")
+    wanted = run_resume.Order(["go", "on"], "full", ["compact"], 2.5)
+    for status in (0, 1, 137, 143):
+        resume.order(path, resume.RECYCLED, "full", ("go", "on"), ("compact",), 2.5)
+        assert run_resume.take(path, status) == wanted
+        resume.order(path, resume.RECYCLED, "full", ("go", "on"), ("compact",), 2.5)
+        resume.loosen(path)
+        assert run_resume.take(path, status) == (wanted if status == 143 else None)
+        assert run_resume.take(path, 143) is None
+    resume.order(path, resume.TERMINATED, "full", ("go", "on"))
+    resume.loosen(path)
+    assert json.loads((tmp_path / "order").read_bytes())["how"] == resume.TERMINATED
+    resume.withdraw(path)
+    resume.loosen(path)
+    assert run_resume.take(path, 143) is None
+
+
+def test_a_recycle_waits_only_after_one_that_did_not_last():
+    tries = run_resume.Tries()
+    tries.begin(0)
+    assert tries.wait_ns(10**9, recycled=True) == 0
+    assert tries.wait_ns(2 * 10**9, recycled=True) > 10**9
+    assert [tries.wait_ns(3 * 10**9, recycled=True) is None for _ in range(3)] == [False, False, True]
+
+
+def test_the_peak_is_the_policys_or_the_profiles(tmp_path):
+    (tmp_path / "policy.toml").write_text('[recycle]\npeak = "1GiB"\n')
+    guard = Guard("/x", "i", "", "", "", policy=str(tmp_path / "policy.toml"))
+    assert read_policy(guard, CLAUDE).recycle.peak_bytes == 1 << 30
+    guard = Guard("/x", "i", "", "", "")
+    assert read_policy(guard, CLAUDE).recycle.peak_bytes == CLAUDE.session.resume_peak_bytes > 400 << 20
+    assert read_policy(guard, None).recycle.peak_bytes == 0
+
+
+def test_what_a_process_held_at_most_is_known_after_it_gave_it_back():
+    code = "kept = b'x' * (64 << 20); del kept; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert processes.anonymous_bytes(process.pid) < 60 << 20
+        assert 60 << 20 < processes.peak_anonymous_bytes(process.pid) < 120 << 20
+        process.stdin.close()
+    assert processes.peak_anonymous_bytes(process.pid) == 0
+
+
+def test_what_descends_from_the_agent_is_its_own(tmp_path):
+    code = "import subprocess, sys; kept = b'x' * (32 << 20); {}; print(flush=True); input()"
+    child = code.format("pass")
+    parent = code.format(f"child = subprocess.Popen([sys.executable, '-c', {child!r}])")
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as agent:
+        for _ in range(2):
+            agent.stdout.readline()
+        below = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+        other = os.getppid()
+        (tmp_path / "cgroup.procs").write_text(f"{agent.pid}\n{below[0]}\n{other}\n")
+        attribution = Attribution(str(tmp_path), agent.pid)
+        attribution.look(1, 10**9)
+        own_bytes, below_bytes = attribution.agent_held_bytes()
+        assert 32 << 20 <= own_bytes < 64 << 20
+        assert 32 << 20 <= below_bytes < 64 << 20
+        agent.stdin.close()
