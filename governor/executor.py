@@ -257,7 +257,8 @@ class Executor:
     def _resume(self, how: str, why: str) -> None:
         """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
         profile, agent = self.profile, self.agent.known
-        if self.recycle.awaits_end:  # and so its session goes on compacted
+        if self.recycle.awaits_end:  # and so its session goes on compacted, whatever ends it
+            self.recycle.leave()
             return
         if not (self.resume_path and profile and agent and (argv := resume.command(profile, agent))):
             return

@@ -390,7 +390,7 @@ class Loop:
         self._subscribers.drop_requests()
         self._decisions.feed(model.AgentEnded())
         self._executor.archive_the_end(state, self._kills.what_killed())
-        self._recycle.ended()
+        self._recycle.leave()
         self._agent.forget()
         self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
@@ -408,7 +408,7 @@ class Loop:
         return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
 
     def _reachable(self) -> None:
-        recycle = {model.Tier.RECYCLE} if self._agent.known and self._recycle.possible else set()
+        recycle = {model.Tier.RECYCLE} if self._agent.pid and self._agent.known and self._recycle.possible else set()
         self._decisions.reachable(self._deliveries.can | recycle)
 
     # The ladder

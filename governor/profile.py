@@ -114,6 +114,9 @@ class Session:
 
     globs: tuple[str, ...] = ()
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
+    compact_refused: tuple[
+        str, ...
+    ] = ()  # expressions over what that says: it was not done, whatever its exit status
     resume: tuple[str, ...] = ()  # argv that goes on with it
     # What the agent holds at most once it was resumed compacted, and what compacting it takes, whichever is more; 0:
     # not known. Where it is, and compact frees nothing, an idle agent is recycled.

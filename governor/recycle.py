@@ -93,10 +93,10 @@ class Recycle:
         if not argv or not compacting:
             self.answered(Status.FAILED, "its session is not known any more")
             return
+        within_s = policy.recycle.compacting_ns / SECOND
+        refused = profile.session.compact_refused if profile else ()
         try:
-            resume.order(
-                self.resume_path, resume.RECYCLED, reason, argv, compacting, policy.recycle.compacting_ns / SECOND
-            )
+            resume.order(self.resume_path, resume.RECYCLED, reason, argv, compacting, within_s, refused)
         except OSError as error:
             self.answered(Status.FAILED, f"it would not be resumed: {error}")
             return
@@ -129,8 +129,8 @@ class Recycle:
         if self.possible:
             resume.loosen(self.resume_path)
 
-    def ended(self) -> None:
-        """The agent has ended: governor run does the rest, and the next guard hears what became of it."""
+    def leave(self) -> None:
+        """The agent has ended, or others see to that: governor run does the rest, and tells the next guard."""
         self._until_ns = None
 
     def _look(self, deadline_ns: int, go_on: Callable[[], None]) -> None:

@@ -35,13 +35,20 @@ def command(profile: Profile, agent: Agent, what: Literal["resume", "compact_sto
 
 
 def order(
-    path: str, how: str, why: str, argv: tuple[str, ...], compacting: tuple[str, ...] = (), within_s: float = 0
+    path: str,
+    how: str,
+    why: str,
+    argv: tuple[str, ...],
+    compacting: tuple[str, ...] = (),
+    within_s: float = 0,
+    refused: tuple[str, ...] = (),
 ) -> None:
     """Write it: `how` is TERMINATED, OOM_KILLED or RECYCLED, `why` is for people. Raises OSError.
 
-    `compacting` is run before, for so long at most.
+    `compacting` is run before, for so long at most; it was not done where what it says matches one of `refused`.
     """
-    _write(path, {"how": how, "why": why, "command": argv, "compacting": compacting, "within_s": within_s})
+    more = {"compacting": compacting, "within_s": within_s, "refused": refused}
+    _write(path, {"how": how, "why": why, "command": argv} | more)
 
 
 def loosen(path: str) -> None:

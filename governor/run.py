@@ -97,8 +97,7 @@ class Run:
         if not order.compacting:
             return True
         options = self._options
-        without, within_s = tuple(options.without), order.within_s
-        done = run_compact.compact(order.compacting, within_s, options.memcg, without, self._wake_fd, _ENDING)
+        done = run_compact.compact(order, options.memcg, tuple(options.without), self._wake_fd, _ENDING)
         self._reap()
         if done.ended_by:
             return False

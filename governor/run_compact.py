@@ -7,6 +7,7 @@ output.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import time
@@ -14,8 +15,9 @@ from typing import NamedTuple
 
 from governor import run_agent
 from governor.run_agent import Agent, CannotStart
+from governor.run_resume import Order
 
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 16 << 10
 _SHOWN_LIMIT = 200
 _LAST_NS = 2_000_000_000  # from SIGTERM to SIGKILL
 
@@ -27,14 +29,12 @@ class Compacted(NamedTuple):
     ended_by: int = 0
 
 
-def compact(
-    argv: list[str], within_s: float, memcg: str, without: tuple[str, ...], wake_fd: int, ending: set[int]
-) -> Compacted:
+def compact(order: Order, memcg: str, without: tuple[str, ...], wake_fd: int, ending: set[int]) -> Compacted:
     """Run it; `memcg` and `without` as for run_agent.start(). `wake_fd` tells signals by their numbers."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        agent = run_agent.start(argv, (null, write_fd, write_fd), memcg=memcg, without=without)
+        agent = run_agent.start(order.compacting, (null, write_fd, write_fd), memcg=memcg, without=without)
     except CannotStart as error:
         os.close(read_fd)
         return Compacted(str(error))
@@ -42,14 +42,14 @@ def compact(
         os.close(null)
         os.close(write_fd)
     try:
-        return _await(agent, argv[0], within_s, read_fd, wake_fd, ending)
+        return _await(agent, order, read_fd, wake_fd, ending)
     finally:
         os.close(agent.pidfd)
         os.close(read_fd)
 
 
-def _await(agent: Agent, name: str, within_s: float, read_fd: int, wake_fd: int, ending: set[int]) -> Compacted:
-    until_ns, ended_by, tail, is_late = time.monotonic_ns() + int(within_s * 1e9), 0, b"", False
+def _await(agent: Agent, order: Order, read_fd: int, wake_fd: int, ending: set[int]) -> Compacted:
+    until_ns, ended_by, tail, is_late = time.monotonic_ns() + int(order.within_s * 1e9), 0, b"", False
     poller = select.poll()
     for fd in (agent.pidfd, read_fd, wake_fd):
         poller.register(fd, select.POLLIN)
@@ -74,9 +74,13 @@ def _await(agent: Agent, name: str, within_s: float, read_fd: int, wake_fd: int,
                     poller.unregister(read_fd)
     _, status = os.waitpid(agent.pid, 0)
     code = os.waitstatus_to_exitcode(status)
+    name, output = order.compacting[0], (tail + _read(read_fd))[-_TAIL_BYTES:].decode(errors="replace")
     if is_late:
-        return Compacted(f"{name} took longer than {within_s:g} s", ended_by)
-    return Compacted(f"{name} ended with status {code}: {_shown(tail + _read(read_fd))}" if code else "")
+        return Compacted(f"{name} took longer than {order.within_s:g} s", ended_by)
+    if code:
+        return Compacted(f"{name} ended with status {code}: {_shown(output[-_SHOWN_LIMIT:])}")
+    refused = next((match for each in order.refused if (match := re.search(each, output, re.MULTILINE))), None)
+    return Compacted(f"{name} said: {_shown(output[refused.start() :])}" if refused else "")
 
 
 def _read(fd: int) -> bytes:
@@ -86,7 +90,7 @@ def _read(fd: int) -> bytes:
         return b""
 
 
-def _shown(output: bytes) -> str:
-    """The end of what it said, with nothing in it that could steer a terminal."""
-    text = " ".join(output.decode(errors="replace").split())[-_SHOWN_LIMIT:]
+def _shown(output: str) -> str:
+    """What it said, on one line of bounded length, with nothing in it that could steer a terminal."""
+    text = " ".join(output[:_SHOWN_LIMIT].split())
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -20,6 +20,7 @@ class Order(NamedTuple):
     why: str
     compacting: list[str] = []  # noqa: RUF012  never changed
     within_s: float = 0
+    refused: list[str] = []  # noqa: RUF012  expressions over what the compaction says
 
 
 def take(path: str, status: int) -> Order | None:
@@ -36,9 +37,12 @@ def take(path: str, status: int) -> Order | None:
         os.unlink(path)  # noqa: PTH108
         if _STATUSES.get(said["how"], status) != status:
             return None
-        compacting = [str(word) for word in said.get("compacting", ())]
-        command = [str(word) for word in said["command"]]
-        return Order(command, str(said["why"]), compacting, float(said.get("within_s", 0)))
+        command, compacting, refused = (
+            list(map(str, said.get(key, ()))) for key in ("command", "compacting", "refused")
+        )
+        return (
+            Order(command, str(said["why"]), compacting, float(said.get("within_s", 0)), refused) if command else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

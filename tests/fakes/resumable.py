@@ -5,7 +5,7 @@ once, `grow N` the same at 20 MB/s, `work N` is busy for N seconds, `deaf` ignor
 with that status. SIGTERM: saves a last turn and ends with 143.
 
 resumable.py DIRECTORY --compact SESSION compacts a stopped session, in a turn: fails where DIRECTORY/overloaded
-is, and takes for ever where DIRECTORY/hangs is.
+is, says that it does with status 0 where DIRECTORY/refuses is, and takes for ever where DIRECTORY/hangs is.
 """
 
 import json
@@ -42,6 +42,9 @@ if mode == "--compact":
         time.sleep(0.1)
     if os.path.exists(os.path.join(directory, "overloaded")):
         sys.exit("the model is \x1b[31moverloaded")
+    if os.path.exists(os.path.join(directory, "refuses")):
+        print('{"result": "too short"}')
+        sys.exit(0)
     turn("compacted")
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)

@@ -32,6 +32,7 @@ compact = "SIGUSR1"
 [session]
 globs = ["{directory}/*.jsonl"]
 compact_stopped = ["{python}", "{fake}", "{directory}", "--compact", "{{session}}"]
+compact_refused = ['"too short"']
 resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
 resume_peak = "{peak}"
 [efficacy]
@@ -158,16 +159,19 @@ def test_one_that_ignores_sigterm_stays_and_what_was_ordered_does_not_come(desk)
     assert not list(Path("/run/governor").glob(f"run-{agent.terminal.pid}.resume"))
 
 
-def test_a_session_that_cannot_be_compacted_goes_on_and_that_is_said_and_learned(desk):
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [("overloaded", b"ended with status 1: the model is ?[31moverloaded"), ("refuses", b'said: "too short"}')],
+)
+def test_a_session_that_cannot_be_compacted_goes_on_and_that_is_said_and_learned(desk, why, said):
     agent = desk()
-    (agent.directory / "overloaded").touch()
+    (agent.directory / why).touch()
     agent.type("grow 122\r")
     agent.await_output(agent.session + b" goes on")
     assert b"its session was not compacted, and goes on as it is: " in agent.terminal.output
-    assert b"ended with status 1: the model is ?[31moverloaded" in agent.terminal.output
+    assert said in agent.terminal.output
     assert agent.turns == ["began", "saved on SIGTERM", "resumed"]
     agent.await_log("recycle was failed: ")
-    assert "the model is" in agent.log
 
 
 def test_a_compaction_that_hangs_is_ended_in_time(desk):

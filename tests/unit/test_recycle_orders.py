@@ -48,7 +48,7 @@ def test_only_an_idle_agent_without_a_draft_and_with_a_session_may_be_recycled(t
 
 def test_an_order_of_a_recycle_holds_for_a_late_end_only_if_that_is_by_sigterm(tmp_path):
     path = str(tmp_path / "order")
-    wanted = run_resume.Order(["go", "on"], "full", ["compact"], 2.5)
+    wanted = run_resume.Order(["go", "on"], "full", ["compact"], 2.5, [])
     for status in (0, 1, 137, 143):
         resume.order(path, resume.RECYCLED, "full", ("go", "on"), ("compact",), 2.5)
         assert run_resume.take(path, status) == wanted
