@@ -460,7 +460,7 @@ def policies(draw):
         elif key.field.endswith("_ns"):
             values[path] = draw(st.integers(1, 86_400 * SECOND))
         elif key.field.endswith("_bytes"):
-            values[path] = draw(st.integers(1, (1 << 63) - 1))
+            values[path] = draw(st.integers(1, 10**18 - 1))
         elif isinstance(key.default, bool):
             values[path] = draw(st.booleans())
         elif isinstance(key.default, int):
