@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -11,7 +12,9 @@ from governor import profile_file, recycle, resume, run_resume
 from governor.actions import processes
 from governor.attribution import Attribution
 from governor.guard import Guard, read_policy
-from governor.profile import Confirm, Profile, Screen
+from governor.model import Status
+from governor.policy import SECOND, Policy
+from governor.profile import Confirm, Profile, Screen, Session
 from governor.profile_agent import Agent
 from governor.profile_state import Seen, State
 
@@ -62,6 +65,70 @@ def test_an_order_of_a_recycle_holds_for_a_late_end_only_if_that_is_by_sigterm(t
     resume.withdraw(path)
     resume.loosen(path)
     assert run_resume.take(path, 143) is None
+
+
+class AskedAgent:
+    """An agent that hears SIGTERM, or is gone."""
+
+    def __init__(self, is_there):
+        self.pid, self.is_there = 17, is_there
+        self.known = Agent(17, 0, 17, 0, "/", "agent")
+
+    def ask_to_end(self):
+        return self.is_there
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A recycle that has just asked an agent to end, its answers, and its order as it is now."""
+    answers = []
+
+    def order():
+        path = tmp_path / "order"
+        return json.loads(path.read_bytes())["how"] if path.exists() else None
+
+    def make(is_there=True):
+        session = Session(compact_stopped=("compact",), resume=("go", "on"))
+        made = recycle.Recycle(
+            agent=AskedAgent(is_there),
+            children=None,
+            limits=None,
+            note=lambda *_: None,
+            feed=None,
+            answered=lambda status, why: answers.append(status),
+            agent_bytes=None,
+            profile=Profile(session=session),
+            channel="",
+            resume_path=str(tmp_path / "order"),
+        )
+        made.restart("full", Policy())
+        return made, answers, order
+
+    return make
+
+
+LATER_NS = 11 * SECOND
+
+
+def test_one_that_does_not_end_in_its_grace_has_failed_and_only_a_late_end_is_followed(asked):
+    made, answers, order = asked()
+    made.prolong(5 * SECOND)  # frozen for so long
+    made.check_deadline(time.monotonic_ns() + LATER_NS)
+    assert (made.awaits_end, answers, order()) == (True, [], resume.RECYCLED)
+    made.check_deadline(time.monotonic_ns() + LATER_NS + 5 * SECOND)
+    assert (made.awaits_end, answers, order()) == (False, [Status.FAILED], resume.LATE)
+
+
+def test_one_that_others_end_meanwhile_goes_on_compacted(asked):
+    made, answers, order = asked()
+    made.leave()
+    made.check_deadline(time.monotonic_ns() + LATER_NS)
+    assert (answers, order()) == ([], resume.RECYCLED)
+
+
+def test_one_that_had_ended_by_itself_does_not_come_back(asked):
+    made, answers, order = asked(is_there=False)
+    assert (made.awaits_end, answers, order()) == (False, [Status.FAILED], None)
 
 
 def test_a_recycle_waits_only_after_one_that_did_not_last():
