@@ -48,8 +48,8 @@ class Decisions:
         """Tell the ladder what the agent can be asked for."""
         if not self._remembers:
             return
-        for tier, known in zip(model.Tier, (self.state.compact, self.state.recycle, self.state.clear), strict=True):
-            if known.reachable != (tier in can):
+        for tier in model.Tier:
+            if getattr(self.state, tier.value).reachable != (tier in can):
                 self.feed(model.Reachable(tier, tier in can))
 
     def feed(self, event: model.Event) -> None:
