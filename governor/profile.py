@@ -116,7 +116,7 @@ class Session:
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
     compact_refused: tuple[
         str, ...
-    ] = ()  # expressions over what that says: it was not done, whatever its exit status
+    ] = ()  # expressions over what that prints: it was not done, although its status is 0
     resume: tuple[str, ...] = ()  # argv that goes on with it
     # What the agent holds at most once it was resumed compacted, and what compacting it takes, whichever is more; 0:
     # not known. Where it is, and compact frees nothing, an idle agent is recycled.
