@@ -15,7 +15,7 @@ from governor.limits import ancestors
 from governor.policy import SECOND
 from governor.tiers import since
 
-_RECENT_NS = 5 * SECOND  # from a request to its victim's count, and from that to the end of a large process
+_RECENT_NS = 5 * SECOND  # from a victim's count to the end of a large process
 _KILLER = "the kernel's OOM killer"
 
 
@@ -26,23 +26,23 @@ class OomKills:
         """Never raises: what cannot be read counts as 0."""
         self._path = path = Path(memcg_path)
         self._requests = {each: _requests(each) for each in (path, *map(Path, ancestors(memcg_path)))}
-        self._asked_ns: dict[Path, int] = {}  # when a request was last counted
+        self._asked: list[Path] = []  # in the last look, and no victim came of it yet
         self._first = self._count = _kills(path)
         self._killed_ns: int | None = None
         self._cause = ""
 
     def look(self, now_ns: int) -> str:
         """What is to be said of kills since the last look; "" where there were none."""
-        for path, before in self._requests.items():
-            self._requests[path] = count = _requests(path)
-            if count > before:
-                self._asked_ns[path] = now_ns
-        kills = _kills(self._path)
+        kills = _kills(self._path)  # before the requests: a victim that is counted has its request counted
+        requests = {path: _requests(path) for path in self._requests}
+        asked = [path for path, count in requests.items() if count > self._requests[path]] or self._asked
+        self._asked = asked if requests != self._requests else []
+        self._requests = requests
         new = kills - self._count
         if new <= 0:
             return ""
-        self._count = kills
-        self._killed_ns, self._cause = now_ns, f"{_KILLER}, {self._whose(now_ns)}"
+        self._count, self._asked = kills, []
+        self._killed_ns, self._cause = now_ns, f"{_KILLER}, {self._whose(asked)}"
         counted = f"{kills - self._first} since governor guards this memcg, {kills} since it was made"
         return f"killed by {self._cause}: {new} process{'es' * (new > 1)} here ({counted})"
 
@@ -50,8 +50,7 @@ class OomKills:
         """By which kind of OOM kill a process that ended now can have ended; "" for none."""
         return self._cause if since(self._killed_ns, now_ns) <= _RECENT_NS else ""
 
-    def _whose(self, now_ns: int) -> str:
-        asked = [path for path in self._requests if since(self._asked_ns.get(path), now_ns) <= _RECENT_NS]
+    def _whose(self, asked: list[Path]) -> str:
         if not asked:
             return "for want of memory on the machine"
         return "at the limit of its memcg" if asked[0] == self._path else f"at the limit of {asked[0]}"
