@@ -82,6 +82,8 @@ class Typing:
     pause_ns: int = 200 * MS  # between text and Enter
     enter: str = "\r"
     while_busy: WhileBusy = WhileBusy.REFUSED
+    # Tell it of a tool that was shed, in words, as its user would. Not where what is typed is run as a command.
+    tell: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,16 @@ class Session:
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
     compact_refused: tuple[
         str, ...
-    ] = ()  # expressions over what that prints: it was not done, although its status is 0
+    ] = ()  # expressions over what that says: it was not done, whatever its exit status
     resume: tuple[str, ...] = ()  # argv that goes on with it
     # What the agent holds at most once it was resumed compacted, and what compacting it takes, whichever is more; 0:
     # not known. Where it is, and compact frees nothing, an idle agent is recycled.
     resume_peak_bytes: int = 0
-    sweep: tuple[str, ...] = ()  # globs of the names of processes that outlive the agent, and are to be ended with it
+    # Said to a session that was resumed, if its turn was cut off; once for a session, empty: never.
+    resubmit: str = ""
+    # Globs of the names (as `ps -o comm`) of processes that outlive the agent, and are to be ended when the kernel's
+    # OOM killer has ended it; after a termination all that descends from it is.
+    sweep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

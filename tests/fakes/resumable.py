@@ -2,7 +2,7 @@
 
 Keeps DIRECTORY/<pid>.json (its state) and DIRECTORY/<session>.jsonl (its turns); reads lines: `fill N` takes N MiB at
 once, `grow N` the same at 20 MB/s, `work N` is busy for N seconds, `deaf` ignores SIGTERM from then on, `exit N` ends
-with that status. SIGTERM: saves a last turn and ends with 143.
+with that status; all else is a turn. SIGTERM: saves a last turn and ends with 143.
 
 resumable.py DIRECTORY --compact SESSION compacts a stopped session, in a turn: fails where DIRECTORY/overloaded
 is, says that it does with status 0 where DIRECTORY/refuses is, and takes for ever where DIRECTORY/hangs is.
@@ -63,6 +63,8 @@ while True:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif command == "work":
         time.sleep(int(number))
+    elif command not in ("fill", "grow"):
+        turn(f"{command} {number}")
     else:
         for _ in range(int(number)):
             kept.append(bytearray(b"x") * (1 << 20))
