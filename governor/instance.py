@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-_TRIES, _AGAIN_S = 50, 0.01
+_PATIENCE_S, _AGAIN_S = 0.5, 0.01
 
 
 class Busy(Exception):
@@ -48,13 +48,14 @@ def state_directory() -> Path:
 def lock(name: str) -> int:
     """Take a lock and return its descriptor, which an exec keeps; raises Busy with the holder's pid."""
     path = run_directory() / f"{name}.lock"
-    for _ in range(_TRIES):
+    until_s = time.monotonic() + _PATIENCE_S
+    while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             _take(fd, path)
         except Busy as busy:
             os.close(fd)
-            if busy.pid and Path(f"/proc/{busy.pid}").exists():
+            if time.monotonic() >= until_s or (busy.pid and Path(f"/proc/{busy.pid}").exists()):
                 raise
             time.sleep(_AGAIN_S)  # somebody only looks whether it is held, or has removed it
             continue
@@ -62,7 +63,6 @@ def lock(name: str) -> int:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return fd
-    raise Busy(path, 0)
 
 
 def take_unused(path: Path) -> int:
