@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 
 from governor import ladder, model, state_file
 from governor.agent_process import AgentProcess
+from governor.announce import Warnings
 from governor.codec import plain
 from governor.journal import Journal, Note
 from governor.policy import SECOND, Policy
@@ -32,6 +33,7 @@ class Decisions:
         self._journaled_ns: int | None = None
         self._journaled_ratio = 0.0
         self._save_failed = False
+        self._warnings = Warnings()
         self._remembers = False  # before, nothing may be saved over what an earlier governor knew
 
     def remember(self) -> None:
@@ -68,8 +70,11 @@ class Decisions:
             )
         if self.state != before:
             self._save()
+        ended = self._warnings.over(before, self.state, instructions, at_ns)  # what is carried out may feed more
         for instruction in instructions:
             self.carry_out(instruction, self.state)
+        for text in ended if not self.policy.dry_run else ():
+            self._note("warning_over", text)
 
     def _worth_a_line(self, event: model.Event, at_ns: int) -> bool:
         if not isinstance(event, model.Sampled) or event.state is None:

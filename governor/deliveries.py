@@ -9,17 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from governor import delivery, model
+from governor import cut_turn, delivery, model
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
 from governor.brake import SLOT, KnobFile
 from governor.children import Child, Children, Ended
-from governor.journal import Note
+from governor.journal import Note, printable
 from governor.limits import Limits
 from governor.model import Status, Tier
 from governor.policy import Delivery
 from governor.profile import Profile
 from governor.subscribers import Subscribers
+from governor.telling import Telling
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Deliveries:
     limits: Limits
     profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
     channel: str
+    _telling: Telling | None = None
 
     @property
     def can(self) -> frozenset[Tier]:
@@ -87,6 +89,33 @@ class Deliveries:
         if tier in self.subscribers.can:
             return ("subscriber",)
         return ("typed", self.channel) if self._types(tier) else ("nobody",)
+
+    def tell(self, text: str) -> None:
+        """Say something to the agent in its own terminal, where its profile says that it takes words."""
+        if not (self.profile and self.profile.type.tell and self.channel and self.agent.pid):
+            return
+        if self._telling is None:
+            self._telling = Telling(self.children.attempt, self.note)
+        self._telling.tell(self.profile, self.agent.pid, self.channel, text, time.monotonic_ns())
+
+    def ask_again(self, resume_path: str) -> None:
+        """An agent was found: if it is one that was resumed, and its last turn was cut off, ask for that again."""
+        profile, agent = self.profile, self.agent.known
+        if not (resume_path and profile and agent and profile.session.resubmit and self.channel):
+            return
+        session = cut_turn.pending(resume_path, agent)
+        if not session:
+            return
+
+        def ended(ended: Ended) -> None:
+            kind = "turn_resubmitted" if ended.ok else "turn_not_resubmitted"
+            why = printable(ended.output.decode(errors="replace")) if ended.ok else ended.why
+            self.note(kind, f"the turn that was cut off: {why}")
+
+        self.children.attempt(
+            lambda: cut_turn.start(resume_path, profile, agent.pid, self.channel, session),
+            ended,
+        )
 
     def _types(self, tier: Tier) -> bool:
         """Whether it is known what to type, and where."""

@@ -1,4 +1,4 @@
-"""Guarded delivery: types an agent's compact or clear command where that does what it means, and nowhere else.
+"""Guarded delivery: types a line, such as an agent's compact command, where it means what it says, nowhere else.
 
 A command that is typed blindly answers dialogs, runs in shells and is glued to drafts. So: look first; put a draft
 aside; type the text; look again that it, and nothing else, stands in the input; only then Enter; and believe it only
@@ -16,18 +16,23 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from governor.actions.commands import signal_agent
 from governor.channels.terminal import ChannelError, Terminal
 from governor.children import Child, Deferred, fork
-from governor.delivery_evidence import Evidence
+from governor.delivery_evidence import Evidence, Gone, before_text, stands
 from governor.journal import printable
 from governor.model import Status, Tier
 from governor.policy import MS, SECOND
 from governor.profile import Profile, WhileBusy
-from governor.profile_agent import Agent, NoAgent, find_agent
+from governor.profile_agent import Agent, NoAgent, find_agent, is_in_our_namespaces
 from governor.profile_state import Seen, State, is_frozen, look, shown
 from governor.subtree import ancestors, read_stat
+
+if TYPE_CHECKING:
+    import socket
 
 _REASON_LIMIT = 400
 _STEP_S = 0.1  # between two looks
@@ -37,6 +42,7 @@ _ROOM_NS = 5 * SECOND  # with less time than this nothing is begun
 _END_NS = 500 * MS  # before the deadline: to say what was seen
 _CPU_S = 30  # of a CPU, for a whole delivery
 _BACKSPACE = b"\x7f"
+_SHOWN_LIMIT = 60  # of the text, in a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +61,53 @@ def start(profile: Profile, tier: Tier, pid: int, channel: str, deadline_ns: int
     """
 
     def work() -> bytes:
-        _limit_cpu()
+        limit_cpu()
         try:
             agent = find_agent(profile.match, pid)
-            outcome = deliver(profile, tier, agent, open_terminal(channel, agent), deadline_ns)
+            with alone_with(agent):
+                outcome = deliver(profile, tier, agent, open_terminal(channel, agent), deadline_ns)
         except (NoAgent, ChannelError) as error:
             outcome = Outcome(Status.FAILED, str(error))
-        reason = printable(outcome.reason)[:_REASON_LIMIT]
-        if outcome.status is Status.DEFERRED:
-            raise Deferred(reason)
-        if outcome.status is not Status.DELIVERED:
-            raise ChannelError(reason)
-        return reason.encode()
+        return as_output(outcome)
 
     return fork(work, deadline_ns, f"{tier.value} by profile {profile.name}", is_delivery=True)
 
 
-def _limit_cpu() -> None:
-    """What the agent writes decides how long it takes to look: no more of a CPU than this in all."""
+def limit_cpu(most_s: int = _CPU_S) -> None:
+    """What the agent writes decides how long it takes to look: no more of a CPU than this in all. For a child."""
 
     def over(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # it comes again each second, until SIGKILL
-        raise ChannelError(f"its output took more than {_CPU_S} s of CPU time")
+        raise ChannelError(f"its output took more than {most_s} s of CPU time")
 
     signal.signal(signal.SIGXCPU, over)
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s + 5))
+
+
+def as_output(outcome: Outcome) -> bytes:
+    """What a child that delivered prints; raises Deferred or ChannelError for its exit status."""
+    reason = printable(outcome.reason)[:_REASON_LIMIT]
+    if outcome.status is Status.DEFERRED:
+        raise Deferred(reason)
+    if outcome.status is not Status.DELIVERED:
+        raise ChannelError(reason)
+    return reason.encode()
+
+
+def alone_with(agent: Agent) -> socket.socket:
+    """While this is open nobody else of governor types for the agent, not even a child of a governor that was killed.
+
+    A name in the abstract namespace: it goes with its process, and leaves no file. Raises Deferred where it is taken.
+    """
+    import socket  # only the child needs it
+
+    taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        taken.bind(f"\0governor-types-{agent.pid}-{agent.start_ticks}")
+    except OSError:
+        taken.close()
+        raise Deferred("nothing typed: something else is being typed for it") from None
+    return taken
 
 
 def open_terminal(channel: str, agent: Agent) -> Terminal | None:
@@ -91,7 +119,7 @@ def open_terminal(channel: str, agent: Agent) -> Terminal | None:
     if kind == "tmux" and ":" in where:
         from governor.channels.tmux import TmuxTerminal
 
-        if not _is_in_our_namespaces(agent.pid):
+        if not is_in_our_namespaces(agent.pid):
             raise ChannelError("the agent is in a container: its tmux is not reached from outside")
         stat = read_stat(agent.pid)
         socket, _, target = where.partition(":")
@@ -110,10 +138,15 @@ def deliver(profile: Profile, tier: Tier, agent: Agent, terminal: Terminal | Non
     if text := profile.text(tier):
         if terminal is None:
             return Outcome(Status.FAILED, f"{text} is to be typed, and no terminal is known")
-        return _Typist(profile, tier, agent, terminal, deadline_ns).deliver()
+        return _Typist(profile, text, agent, terminal, deadline_ns).deliver(partial(Evidence, profile, tier, agent))
     if name := profile.signal(tier):
         return _signal(name, agent)
     return Outcome(Status.FAILED, f"profile {profile.name} knows no way to {tier.value}")
+
+
+def type_line(profile: Profile, text: str, agent: Agent, terminal: Terminal, deadline_ns: int) -> Outcome:
+    """Say something to the agent as its user would: delivered once it stands in the input no more."""
+    return _Typist(profile, text, agent, terminal, deadline_ns).deliver(lambda _: Gone(text))
 
 
 def refusal(profile: Profile, seen: Seen) -> str:
@@ -142,53 +175,44 @@ def _signal(name: str, agent: Agent) -> Outcome:
     return Outcome(Status.DELIVERED, f"{name} sent") if ended.ok else Outcome(Status.FAILED, ended.output.decode())
 
 
-def _is_in_our_namespaces(pid: int) -> bool:
-    try:
-        return all(
-            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
-            for kind in ("mnt", "user", "pid")
-        )
-    except OSError:
-        return False
-
-
 class _Typist:
     """One delivery by typing; where it stands decides what an error of the terminal means."""
 
-    def __init__(self, profile: Profile, tier: Tier, agent: Agent, terminal: Terminal, deadline_ns: int) -> None:
-        self._profile, self._tier, self._agent, self._terminal = profile, tier, agent, terminal
+    def __init__(self, profile: Profile, text: str, agent: Agent, terminal: Terminal, deadline_ns: int) -> None:
+        self._profile, self._text, self._agent, self._terminal = profile, text, agent, terminal
         self._deadline_ns = deadline_ns
-        self._text = profile.text(tier)
+        self._shown = text if len(text) <= _SHOWN_LIMIT else f"{text[:_SHOWN_LIMIT]}..."
         self._typed = self._entered = self._stashed = False
 
-    def deliver(self) -> Outcome:
+    def deliver(self, evidence_since: Callable[[Seen], Evidence | Gone]) -> Outcome:
+        """`evidence_since` a look before anything was typed tells whether the text was accepted."""
         try:
-            return self._deliver()
+            return self._deliver(evidence_since)
         except ChannelError as error:
             if self._entered:
-                return Outcome(Status.FAILED, f"{self._text} was sent, and then: {error}")
-            left = f"; {self._text} may stand in its input" if self._typed else ""
+                return Outcome(Status.FAILED, f"{self._shown} was sent, and then: {error}")
+            left = f"; {self._shown} may stand in its input" if self._typed else ""
             return Outcome(Status.DEFERRED, f"{error}{left}{self._aside()}")
 
-    def _deliver(self) -> Outcome:
+    def _deliver(self, evidence_since: Callable[[Seen], Evidence | Gone]) -> Outcome:
         seen = self._look()
         if why := refusal(self._profile, seen):
             return Outcome(Status.DEFERRED, f"nothing typed: {why}")
         if self._deadline_ns - time.monotonic_ns() < _ROOM_NS + self._profile.type.pause_ns:
             return Outcome(Status.DEFERRED, "nothing typed: too little time is left to do it in")
-        if seen.draft and seen.draft != self._text:
+        if seen.draft and not stands(seen.draft, self._text):
             outcome, seen = self._put_aside(seen)
             if outcome:
                 return outcome
-        evidence = Evidence(self._profile, self._tier, self._agent, seen)
-        if seen.draft != self._text:  # else an earlier delivery had to leave it there
+        evidence = evidence_since(seen)
+        if not stands(seen.draft, self._text):  # else an earlier delivery had to leave it there
             self._typed = True
             self._send(self._profile.type.before + self._text)
         time.sleep(self._profile.type.pause_ns / SECOND)
         # The last look is the one right before Enter.
-        seen = self._until(lambda seen: seen.draft == self._text or not seen.open, _STANDS_NS)
+        seen = self._until(lambda seen: stands(seen.draft, self._text) or not seen.open, _STANDS_NS)
         why = refusal(self._profile, seen)
-        if why or seen.draft != self._text:
+        if why or not stands(seen.draft, self._text):
             return self._leave_off(seen, why)
         self._entered = True
         self._send(self._profile.type.enter)
@@ -214,19 +238,18 @@ class _Typist:
 
     def _leave_off(self, seen: Seen, why: str) -> Outcome:
         """Do not press Enter; take the text out again where nothing but the input can get the keys."""
-        reason = why or f"its input shows {shown(seen.draft or '')} instead of {self._text}"
-        if seen.open and (seen.draft or "").endswith(self._text) and self._typed:
-            wanted = (seen.draft or "")[: -len(self._text)].rstrip()
+        reason = why or f"its input shows {shown(seen.draft or '')} instead of {self._shown}"
+        if seen.open and seen.draft and self._typed and (before := before_text(seen.draft, self._text)) is not None:
             for _ in self._text:
                 self._terminal.type(_BACKSPACE)
-            seen = self._until(lambda seen: seen.draft == wanted or not seen.open, _STASH_NS)
-            if seen.open and seen.draft == wanted:
+            seen = self._until(lambda seen: before_text(seen.draft or "", "") == before or not seen.open, _STASH_NS)
+            if seen.open and before_text(seen.draft or "", "") == before:
                 self._typed = False
                 self._bring_back(seen)
-        left = f"; {self._text} was typed and left there" if self._typed else "; the text was taken out again"
+        left = f"; {self._shown} was typed and left there" if self._typed else "; the text was taken out again"
         return Outcome(Status.DEFERRED, f"Enter was not pressed: {reason}{left}{self._aside()}")
 
-    def _confirm(self, evidence: Evidence) -> Outcome:
+    def _confirm(self, evidence: Evidence | Gone) -> Outcome:
         """Wait for the effect; while the agent is frozen the time stands still."""
         left_ns = self._profile.confirm.within_ns
         queued, seen = False, None
@@ -235,14 +258,14 @@ class _Typist:
             time.sleep(_STEP_S)
             seen = self._look()
             if seen.state is State.STOPPED and read_stat(self._agent.pid) is None:
-                return Outcome(Status.FAILED, f"{self._text} was sent, and then {seen.why}{self._aside()}")
+                return Outcome(Status.FAILED, f"{self._shown} was sent, and then {seen.why}{self._aside()}")
             verdict = evidence.judge(seen)
             if verdict.refused:
                 self._bring_back(seen)
-                return Outcome(Status.FAILED, f"{self._text} was refused: {verdict.refused}{self._aside()}")
+                return Outcome(Status.FAILED, f"{self._shown} was refused: {verdict.refused}{self._aside()}")
             if verdict.accepted:
                 self._bring_back(self._until(lambda seen: seen.draft is not None, _STASH_NS))
-                return Outcome(Status.DELIVERED, f"{self._text}: {verdict.accepted}{self._aside()}")
+                return Outcome(Status.DELIVERED, f"{self._shown}: {verdict.accepted}{self._aside()}")
             queued = verdict.queued
             passed_ns = time.monotonic_ns() - began_ns
             if is_frozen(self._agent.pid):
@@ -250,9 +273,9 @@ class _Typist:
             else:
                 left_ns -= passed_ns
         if queued:
-            return Outcome(Status.DELIVERED, f"{self._text} waits for the end of the turn{self._aside()}")
+            return Outcome(Status.DELIVERED, f"{self._shown} waits for the end of the turn{self._aside()}")
         last = f"it is {seen.state.value} ({seen.why}); its screen ends in {_end(seen.text)}" if seen else "no time"
-        return Outcome(Status.FAILED, f"{self._text} was sent, and nothing shows that it ran: {last}{self._aside()}")
+        return Outcome(Status.FAILED, f"{self._shown} was sent, and nothing shows that it ran: {last}{self._aside()}")
 
     def _bring_back(self, seen: Seen) -> None:
         """Put the draft back into an empty input."""

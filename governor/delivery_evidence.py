@@ -28,6 +28,30 @@ class Verdict:
     queued: bool = False
 
 
+def stands(draft: str | None, text: str) -> bool:
+    """Whether a text, and nothing else, stands in the input; one of words on however many lines it is shown there."""
+    return draft == text or (draft is not None and " " in text and before_text(draft, text) == "")
+
+
+def before_text(draft: str, text: str) -> str | None:
+    """What stands in the input before a text at its end, without spaces; None where that is not at its end."""
+    shown, wanted = "".join(draft.split()), "".join(text.split())
+    return shown[: len(shown) - len(wanted)] if shown.endswith(wanted) else None
+
+
+class Gone:
+    """Of a line that leaves nothing but its place in the input: it was accepted once it stands there no more."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def judge(self, now: Seen) -> Verdict:
+        """What is known by now, some time after Enter."""
+        if now.draft is None or stands(now.draft, self._text):
+            return Verdict()
+        return Verdict(accepted=f"taken while it was {now.state.value}")
+
+
 class Evidence:
     """What was there before a command, to tell what came after it."""
 

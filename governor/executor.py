@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import archive, link, model, record, resume, subtree, told
+from governor import announce, archive, cut_turn, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.agent_process import AgentProcess
 from governor.brake import FREEZE, NONE, SLOT, KnobFile
@@ -82,9 +82,8 @@ class Executor:
             case model.Kill(reason=reason):
                 self.note("killed", f"SIGKILL: {reason}")
                 self._kill_all()
-            case model.Warn(what=what, in_ns=in_ns, reason=reason):
-                soon = f"in {in_ns / SECOND:g} s" if in_ns else "now"
-                self.note("warning", f"warning: {what} {soon}: {reason}", what=what, in_ns=in_ns)
+            case model.Warn(what=what, in_ns=in_ns):
+                self.note("warning", announce.of_a_warning(instruction), what=what, in_ns=in_ns)
             case model.Settled(tier=tier, freed_bytes=freed_bytes, useless=useless):
                 verdict = "no use" if useless else "of use"
                 self.note("settled", f"{tier.value} freed {freed_bytes / (1 << 20):.1f} MiB: {verdict}")
@@ -213,6 +212,8 @@ class Executor:
             self.note("told", text)
             with suppress(OSError):  # no run-time directory: the journal has it, and whoever subscribed
                 told.write(self.limits.cgroup_id, text)
+            if self.policy.shed.tell:
+                self.deliveries.tell(text)
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
@@ -238,6 +239,8 @@ class Executor:
         if not (self.resume_path and profile and agent and (argv := resume.command(profile, agent))):
             return
         try:
+            if cut_turn.ended(self.resume_path, profile, agent):
+                self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
             resume.order(self.resume_path, how, why, argv)
         except OSError as error:
             self.note("not_resumed", f"the agent will not be resumed: {error}")
@@ -265,6 +268,13 @@ class Executor:
         if state.phase is model.Phase.TERMINATING and self.policy.terminate.sweep:
             self._kill_all()
 
+    def _sweep_by_name(self) -> None:
+        """What its profile says outlives an agent: in the whole memcg where that is governor's, else of its own."""
+        names = self.profile.session.sweep if self.profile else ()
+        own = None if self.brake == FREEZE else self.remembered()
+        for process in processes.kill_named(self.cgroup, names, own) if names else ():
+            self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), which outlived the agent")
+
     def archive_the_end(self, state: model.State, killed_by: str) -> None:
         """What the handler of a terminated agent wrote, or what is left of one that the kernel killed.
 
@@ -274,6 +284,7 @@ class Executor:
             self._archive("after the agent's end", state, is_last=True)
         elif killed_by:
             self.note("oom_killed", f"the agent (process {self.agent.pid}) was killed: {killed_by}")
+            self._sweep_by_name()
             self._archive(f"after the fact: {killed_by}", state, is_last=True)
             self._resume(resume.OOM_KILLED, killed_by)
         self._full = self._full[0], ""

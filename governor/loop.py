@@ -22,6 +22,7 @@ import orjson
 from governor import children, instance, link, model, pins, policy, poll_source, record
 from governor.actions.commands import Commands
 from governor.agent_process import AgentProcess
+from governor.announce import SHOWN
 from governor.attribution import Attribution
 from governor.brake import BRAKE_NAMES, FREEZE, SLOT, KnobFile
 from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
@@ -34,6 +35,7 @@ from governor.journal import Journal, printable, say
 from governor.limits import Limits
 from governor.model import Phase
 from governor.oom_kills import OomKills
+from governor.person import Person
 from governor.policy import MS, SECOND, Source
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
@@ -108,6 +110,7 @@ class Loop:
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._decisions.carry_out = self._executor.carry_out
+        self._person = Person(self._children.attempt, lambda kind, text: self._journal.write(kind, text=text))
         self._turned_ns = time.monotonic_ns()  # the last turn of the loop
         self._sampled_ns = 0
         self._last: MemoryState | None = None
@@ -359,8 +362,10 @@ class Loop:
         pid, globs = self._agent.pid, self._policy.archive.globs
         self._agent.patterns(globs)
         self._subscribers.allowed_uids |= self._agent.uids
+        self._person.at(pid, self._guard.channel)
         self._reachable()
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
+        self._deliveries.ask_again(self._guard.resume_path)
 
     def _agent_ended(self) -> None:
         self._poller.unregister(self._agent.pidfd)
@@ -369,10 +374,15 @@ class Loop:
         self._executor.sweep(state)
         self._subscribers.drop_requests()
         self._decisions.feed(model.AgentEnded())
-        self._executor.archive_the_end(state, self._kills.what_killed())
+        self._count_oom_kills(time.monotonic_ns())
+        self._executor.archive_the_end(state, self._kills.what_killed(time.monotonic_ns()))
         self._agent.forget()
         self._reachable()
         self._reflex.send(link.encode_slot(link.AGENT, SLOT, 0))
+
+    def _count_oom_kills(self, now_ns: int) -> None:
+        if text := self._kills.look(now_ns):
+            self._note("oom_kills", text)
 
     # Subscribers
 
@@ -393,7 +403,7 @@ class Loop:
 
     def _sample(self, now_ns: int) -> None:
         self._sampled_ns = now_ns
-        self._kills.look()
+        self._count_oom_kills(now_ns)
         state = self._limits.memory_state(now_ns)
         if state is None:
             if not self._memcg.exists():
@@ -423,6 +433,8 @@ class Loop:
     def _note(self, kind: str, text: str, **fields: object) -> None:
         say(text)
         self._journal.write(kind, text=text, **fields)
+        if kind in SHOWN:
+            self._person.show(kind, text, time.monotonic_ns())
         if kind in TOLD:
             self._subscribers.tell("event", kind=kind, text=printable(text))
 

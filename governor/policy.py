@@ -101,6 +101,7 @@ class Shed:
 
     enabled: bool = True
     grown_ratio: float = 0.05  # of max: what has grown less is not shed
+    tell: bool = True  # type it to the agent, where its profile says that it takes words (type.tell)
 
 
 @dataclass(frozen=True, slots=True)

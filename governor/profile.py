@@ -82,6 +82,8 @@ class Typing:
     pause_ns: int = 200 * MS  # between text and Enter
     enter: str = "\r"
     while_busy: WhileBusy = WhileBusy.REFUSED
+    # Tell it of a tool that was shed, in words, as its user would. Not where what is typed is run as a command.
+    tell: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,11 @@ class Session:
     globs: tuple[str, ...] = ()
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
     resume: tuple[str, ...] = ()  # argv that goes on with it
-    sweep: tuple[str, ...] = ()  # globs of the names of processes that outlive the agent, and are to be ended with it
+    # Said to a session that was resumed, if its turn was cut off; once for a session, empty: never.
+    resubmit: str = ""
+    # Globs of the names (as `ps -o comm`) of processes that outlive the agent, and are to be ended when the kernel's
+    # OOM killer has ended it; after a termination all that descends from it is.
+    sweep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,17 @@ def is_alive(agent: Agent) -> bool:
     return stat is not None and stat.start_ticks == agent.start_ticks and not stat.ended
 
 
+def is_in_our_namespaces(pid: int) -> bool:
+    """Whether paths and pids mean to a process what they mean to us."""
+    try:
+        return all(
+            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
+            for kind in ("mnt", "user", "pid")
+        )
+    except OSError:
+        return False
+
+
 def environment_of(pid: int, name: str) -> str:
     """A variable of the environment that a process was started with; "" where it cannot be known."""
     prefix = name.encode() + b"="

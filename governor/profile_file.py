@@ -104,6 +104,12 @@ def _check_line(text: str) -> None:
         raise Unexpected("one line of text; the keys around it have keys of their own: before, enter")
 
 
+def _check_words(text: str) -> None:
+    _check_line(text)
+    if text and (text[0] in "/!#@?" or text != text.strip()):
+        raise Unexpected("words that are no command: not beginning with / ! # @ ? or a space")
+
+
 KEYS = keys_of(
     Profile(),
     {
@@ -124,6 +130,7 @@ KEYS = keys_of(
         "session.globs": check_globs,
         "session.compact_stopped": _check_command,
         "session.resume": _check_command,
+        "session.resubmit": _check_words,
         "session.sweep": _check_names,
     },
 )
@@ -171,12 +178,17 @@ _NEEDS = (
     ("screen.placeholder", "screen.prompt"),
     ("type.compact", "screen.prompt"),  # what is typed is looked for there before Enter
     ("type.clear", "screen.prompt"),
+    ("type.tell", "screen.prompt"),
     ("type.stash", "screen.prompt"),
     ("type.unstash", "type.stash"),
     ("type.stash_returns", "type.stash"),
     ("confirm.compact_record", "confirm.transcript"),
     ("confirm.clear_record", "confirm.transcript"),
     ("confirm.clear_new_session", "state_file.session"),
+    ("session.resubmit", "session.resume"),
+    ("session.resubmit", "state_file.session"),  # only an agent that says that it was busy was cut off at something
+    ("session.resubmit", "state_file.busy"),
+    ("session.resubmit", "screen.prompt"),
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from governor import run_resume, run_start, subtree
 from governor.run_agent import CannotStart
 from governor.run_guard import GuardProcess, Log
+from governor.run_notice import Notices
 from governor.run_socket import ControlSocket
 from governor.run_streams import fill_standard_streams, say
 from governor.run_terminal import OuterTerminal, stop_own_group
@@ -59,6 +60,7 @@ class Run:
         self._kill_at_ns: int | None = None
         self._killed = False
         self._control: ControlSocket | None = None
+        self._notices = Notices()
 
     def run(self) -> int:
         """Until the agent has ended for good and what it wrote is passed on; the status to exit with."""
@@ -101,6 +103,7 @@ class Run:
                     self._guard.say(f"{error!r} at line {_line(error)} of run.py: going on")
                     time.sleep(_AFTER_FAULT_S)
         finally:
+            self._notices.end(self._streams.outward)
             if self._terminal:
                 self._terminal.leave()
         if self._ends_the_rest():
@@ -165,6 +168,7 @@ class Run:
         if self._caught:
             self._on_signals()
         self._after_loss()
+        self._notices.turn(self._streams.outward, now_ns)
         if not self._terminal:
             self._pass_ends_on()
 
@@ -184,7 +188,7 @@ class Run:
         return wanted
 
     def _wait_ms(self, now_ns: int) -> float | None:
-        dues = [self._control.due_ns() if self._control else None]
+        dues = [self._control.due_ns() if self._control else None, self._notices.due_ns()]
         if self._status is None:
             dues.append(self._guard.due_ns())
         if not self._killed:
@@ -369,7 +373,11 @@ class Run:
         """Reap for a while; whether a signal came that ends us."""
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
-        poller.poll(for_ms)
+        for fd, events in (self._control.wants() if self._control else {}).items():
+            poller.register(fd, events)
+        for fd, _ in poller.poll(for_ms):
+            if self._control:  # its guard has something to say of the end
+                self._control.on_ready(fd)
         ends = bool(self._read_signals() & _ENDING)
         if ends:
             self._guard.stop()
@@ -389,6 +397,7 @@ class Run:
 
     def _close(self) -> None:
         self._remove_memcg()
+        run_resume.forget((self._options.guard or {}).get("resume_path", ""))
         if self._log:
             self._log.close()
 
@@ -404,7 +413,7 @@ class Run:
     def _listen(self) -> None:
         if self._options.socket_path:
             try:
-                self._control = ControlSocket(self._options.socket_path, self._shown, self._type)
+                self._control = ControlSocket(self._options.socket_path, self._shown, self._type, self._warn)
             except OSError as error:
                 self._guard.say(f"no control socket at {self._options.socket_path}: {error.strerror}")
 
@@ -422,6 +431,13 @@ class Run:
             return "the agent does not read its input: something typed before is still waiting"
         inward.put(keys)
         return ""
+
+    def _warn(self, text: str) -> None:
+        """To the user: beside what the agent draws while it does, else on a line of its own."""
+        if self._terminal and self._status is None:
+            self._notices.put(text)
+        else:
+            say(text.removeprefix("governor: "))
 
 
 def _line(error: Exception) -> int:

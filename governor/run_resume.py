@@ -38,6 +38,15 @@ def take(path: str, status: int) -> Order | None:
         return None
 
 
+def forget(path: str) -> None:
+    """Nothing is resumed any more: remove what the guard has left for that."""
+    for left in (path, f"{path}.turn", f"{path}.ended") if path else ():
+        try:
+            os.unlink(left)  # noqa: PTH108
+        except OSError:
+            continue
+
+
 class Tries:
     """How often in a row a session was brought back and did not last."""
 

@@ -4,6 +4,8 @@ JSON lines, one answer to each request:
 
     {"ask": "terminal"}                {"rows": R, "columns": C, "pid": AGENT, "output": BASE64 of the last 256 KiB}
     {"ask": "type", "keys": BASE64}    {"ok": true}: taken, and written in order as the agent reads
+    {"ask": "warn", "text": TEXT}      {"ok": true}: shown to whoever sits at the terminal, never typed: one line,
+                                       at most 1000 printable characters
     anything else                      {"ok": false, "reason": TEXT}
 
 For the same user and root only. A client that says nothing for five seconds, does not take its answer, or sends
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 _LINE_BYTES = 64 << 10
+_TEXT_LIMIT = 1000
 _CLIENTS = 8
 _PATIENCE_NS = 5_000_000_000
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -42,13 +45,20 @@ class _Client:
 
 
 class ControlSocket:
-    """Listens; `terminal` gives rows, columns, pid and the output, `type_keys` takes keys and returns why not."""
+    """Listens; `terminal` gives rows, columns, pid and the output, `type_keys` takes keys and returns why not.
+
+    `warn` shows a line to the user.
+    """
 
     def __init__(
-        self, path: str, terminal: Callable[[], tuple[int, int, int, bytes]], type_keys: Callable[[bytes], str]
+        self,
+        path: str,
+        terminal: Callable[[], tuple[int, int, int, bytes]],
+        type_keys: Callable[[bytes], str],
+        warn: Callable[[str], None],
     ) -> None:
         """Raises OSError where there can be none."""
-        self._path, self._terminal, self._type_keys = path, terminal, type_keys
+        self._path, self._terminal, self._type_keys, self._warn = path, terminal, type_keys, warn
         self._clients: dict[int, _Client] = {}
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -157,8 +167,14 @@ class ControlSocket:
             rows, columns, pid, output = self._terminal()
             text = b2a_base64(output, newline=False).decode()
             return {"rows": rows, "columns": columns, "pid": pid, "output": text}
+        if ask == "warn":
+            text = asked.get("text")
+            if not isinstance(text, str) or not text.isprintable() or not 0 < len(text) <= _TEXT_LIMIT:
+                return _refused(f'expected "text" to be 1 to {_TEXT_LIMIT} printable characters')
+            self._warn(text)
+            return {"ok": True}
         if ask != "type":
-            return _refused('expected "ask" to be "terminal" or "type"')
+            return _refused('expected "ask" to be "terminal", "type" or "warn"')
         try:
             keys = a2b_base64(asked["keys"].encode(), strict_mode=True)
         except (KeyError, AttributeError, ValueError, NoBase64):

@@ -178,6 +178,14 @@ class Flow:
         self._waiting += data
         self.flush()
 
+    def inject(self, data: bytes) -> None:
+        """Something of our own, which is not the source's: the tail is without it."""
+        if self.sink:
+            if not self._waiting:
+                self._taken_ns = time.monotonic_ns()
+            self._waiting += data
+            self.flush()
+
     def flush(self) -> None:
         """Write what the sink takes now."""
         while self._waiting and self.sink:

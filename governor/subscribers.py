@@ -56,8 +56,19 @@ _ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed"
 
 TOLD = frozenset(  # of the journal's kinds
     {
-        *("warning", "braked", "thawed", "archived", "archive_failed", "shed", "told", "terminating", "killed"),
-        *("agent", "agent_ended", "nothing_left", "oom_kill", "oom_killed", "veto", "stopping"),
+        *(
+            "warning",
+            "warning_over",
+            "braked",
+            "thawed",
+            "archived",
+            "archive_failed",
+            "shed",
+            "told",
+            "terminating",
+            "killed",
+        ),
+        *("agent", "agent_ended", "nothing_left", "oom_kill", "oom_kills", "oom_killed", "veto", "stopping"),
     }
 )
 

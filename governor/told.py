@@ -6,6 +6,7 @@ One text file a memcg in the run-time directory, `memcg-<cgroup id>.told`, the n
 from __future__ import annotations
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from governor.model import Growth
 
 _KEEP = 20
 _LIMIT_BYTES = 64 << 10
+_TYPED_LIMIT = 500
+_NAME_LIMIT = 15  # TASK_COMM_LEN less its end
+_STRANGE = re.compile(r"[^A-Za-z0-9._+-]")  # in a process's name, which is for its container to choose
 
 
 def path_for(cgroup_id: int, directory: Path | None = None) -> Path:
@@ -24,6 +28,7 @@ def path_for(cgroup_id: int, directory: Path | None = None) -> Path:
 
 def of_a_shed(killed: list[str], growth: Growth | None, max_bytes: int) -> str:
     """What an agent should know of a tool that was killed: who, how fast it grew, how to try again."""
+    killed = [_STRANGE.sub("_", name)[:_NAME_LIMIT] or "_" for name in killed]
     who = ", ".join(killed[:8]) + (f" and {len(killed) - 8} more" if len(killed) > 8 else "")
     grew = ""
     if growth and growth.grown_bytes:
@@ -35,6 +40,12 @@ def of_a_shed(killed: list[str], growth: Growth | None, max_bytes: int) -> str:
         f"governor killed {who}{grew} and would have used up the memory{limit}. The session is unharmed. "
         "Try again with less at a time: fewer parallel jobs, smaller batches or inputs, streaming instead of loading."
     )
+
+
+def typed(text: str) -> str:
+    """The same as a line that an agent's input takes for nothing but words: no command, no shell, no file's name."""
+    plain = "".join(char if " " <= char <= "~" else " " for char in text)
+    return " ".join(plain.split()).lstrip("/!#@?&-\\ ")[:_TYPED_LIMIT].rstrip()
 
 
 def write(cgroup_id: int, text: str) -> None:

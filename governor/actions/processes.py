@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from governor.subtree import Stat, ancestors, memcg_pids, read_stat
@@ -211,6 +212,16 @@ def kill_tree(
             break
         hit |= {(process.pid, process.start_ticks): process for process in killed}
     return list(hit.values())
+
+
+def kill_named(memcg_path: str, names: Collection[str], own: Collection[tuple[int, int]] | None) -> list[Process]:
+    """SIGKILL the processes of a memcg with such names (globs), and what descends from them; who was hit.
+
+    `own`: only those of these (pid, start ticks). Who must not be hit is not, as in kill_tree().
+    """
+    found = [process for process in processes(memcg_path) if any(fnmatchcase(process.comm, name) for name in names)]
+    keys = {(process.pid, process.start_ticks) for process in found}
+    return kill_tree(memcg_path, 0, 0, (), keys if own is None else keys & set(own))
 
 
 def _tree(

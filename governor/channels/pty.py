@@ -65,6 +65,10 @@ class PtyTerminal:
         self._ask_terminal()  # whose it is, before anything is sent
         self._ask({"ask": "type", "keys": b64encode(keys).decode()})
 
+    def tell(self, text: str) -> None:
+        """Have a line shown to whoever sits at the terminal of `governor run`; raises ChannelError."""
+        self._ask({"ask": "warn", "text": text})
+
     def _ask_terminal(self) -> tuple[int, int, bytes]:
         told = self._ask({"ask": "terminal"})
         rows, columns, pid, output = (told.get(key) for key in ("rows", "columns", "pid", "output"))

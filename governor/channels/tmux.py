@@ -24,6 +24,7 @@ CALL_S = 2.0
 _OUTPUT_LIMIT_BYTES = 4 << 20  # 500 lines of 500 characters, and room for UTF-8
 _KEYS_PER_CALL = 256
 _REASON_LIMIT = 200
+_CLIENTS = 8  # are told at most
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -53,13 +54,31 @@ class TmuxTerminal:
             self._tmux("send-keys", "-t", pane, "-X", "cancel")
         for text, is_plain in _runs(keys):
             if is_plain:
-                if text.endswith(";"):  # which tmux would take for the end of the command
-                    text = text[:-1] + "\\;"
-                self._tmux("send-keys", "-t", pane, "-l", "--", text)
+                self._tmux("send-keys", "-t", pane, "-l", "--", _unended(text))
             else:
                 for at in range(0, len(text), _KEYS_PER_CALL):
                     codes = [f"{ord(char):x}" for char in text[at : at + _KEYS_PER_CALL]]
                     self._tmux("send-keys", "-t", pane, "-H", *codes)
+
+    def tell(self, text: str, for_ms: int) -> int:
+        """Show a line to everybody who is attached to a session with the pane; how many. Raises ChannelError.
+
+        On their status lines, until a key is pressed (which goes where it went), at most so long.
+        """
+        pane = self._own_pane()
+        found = self._tmux("list-panes", "-a", "-F", "#{pane_id} #{session_id}").splitlines()
+        sessions = {line.partition(" ")[2] for line in found if line.partition(" ")[0] == pane}
+        attached = [
+            line.partition(" ")
+            for line in self._tmux("list-clients", "-F", "#{session_id} #{client_name}").splitlines()
+        ]
+        clients = [name for session, _, name in attached if session in sessions][:_CLIENTS]
+        if not clients:
+            raise ChannelError("nobody is attached to its tmux session")
+        literal = text.replace("#", "##").replace("%", "%%")  # formats and times would be expanded
+        for client in clients:
+            self._tmux("display-message", "-c", client, "-d", str(for_ms), "--", _unended(literal))
+        return len(clients)
 
     def _own_pane(self) -> str:
         """The id of the pane, which another pane never gets, once it is known to be the agent's terminal."""
@@ -158,6 +177,11 @@ def _runs(keys: bytes) -> list[tuple[str, bool]]:
         else:
             runs.append((char, is_plain))
     return runs
+
+
+def _unended(text: str) -> str:
+    """An argument that tmux does not take for the end of the command."""
+    return text[:-1] + "\\;" if text.endswith(";") else text
 
 
 def _device(path: str) -> int:

@@ -8,17 +8,20 @@ had.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from governor import profile_file
+from governor import cut_turn, profile_file, telling, told
 from governor.delivery import deliver, open_terminal
-from governor.model import Status, Tier
+from governor.model import Growth, Status, Tier
 from governor.policy import SECOND
 from governor.profile_agent import find_agent
 from governor.profile_cli import attempt
@@ -81,8 +84,21 @@ class Claude:
             "HOME": str(self.home),
             "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port.read_text()}",
         }
-        start = f'cd "{self.work}" && exec "{program}" --permission-mode default'
-        self.stage = kind(directory, ["sh", "-c", start], environment)
+        self._start = lambda *more: kind(directory, ["sh", "-c", f"{command} {' '.join(more)}"], environment)
+        command = f'cd "{self.work}" && exec "{program}" --permission-mode default'
+        self.stage = self._start()
+        self._await_prompt()
+
+    def again(self, *options: str) -> None:
+        """Another one in its place, with these options."""
+        with suppress(subprocess.CalledProcessError):  # tmux's server has ended with the one before
+            self.stage.close()
+        (self.home.parent / "pid").unlink(missing_ok=True)
+        (self.home.parent / "control.sock").unlink(missing_ok=True)
+        self.stage = self._start(*options)
+        self._await_prompt()
+
+    def _await_prompt(self) -> None:
         wait_for(lambda: (self.home / f".claude/sessions/{self.stage.pid}.json").exists(), 60)
         self.agent = find_agent(PROFILE.match, self.stage.pid)
         self.terminal = open_terminal(self.stage.channel, self.agent)
@@ -107,8 +123,14 @@ class Claude:
         wait_for(lambda: self.seen().state is State.IDLE and self.seen().draft == "")
 
     def answers(self) -> list[str]:
+        return [request["answer"] for request in self._requests()]
+
+    def asked(self) -> list[str]:
+        return [request["text"] for request in self._requests()]
+
+    def _requests(self) -> list[dict]:
         lines = self.requests.read_text().splitlines() if self.requests.exists() else []
-        return [json.loads(line)["answer"] for line in lines]
+        return [json.loads(line) for line in lines]
 
     def deliver(self, tier=Tier.COMPACT, profile=PROFILE, within_s=90):
         outcome = deliver(profile, tier, self.agent, self.terminal, time.monotonic_ns() + within_s * SECOND)
@@ -224,3 +246,80 @@ def test_a_session_too_short_to_compact_is_told(start):
     claude = start()
     outcome = claude.deliver()
     assert (outcome.status, "refused" in outcome.reason) == (Status.FAILED, True)
+
+
+# Told of a shed
+
+GROWTH = Growth(77, 1, "make", 300 << 20, 400 << 20, 0, 300 << 20, SECOND // 2, 1.0)
+SHED = told.typed(told.of_a_shed(["make", "cc1"], GROWTH, 1 << 30))
+
+
+def tell(claude) -> tuple[int, str]:
+    """The exit status and the words of the child that tells it."""
+    attempt = telling.say(PROFILE, SHED)
+    child = telling.start(PROFILE, claude.stage.pid, claude.stage.channel, attempt, 40 * SECOND, "a test")
+    os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+    status = child.end()
+    print(status, child.output)
+    return status, child.output.decode()
+
+
+def heard(claude) -> int:
+    """How often its model was told; a title for the session is asked for as well."""
+    return sum(SHED[:60] in text and "<session>" not in text for text in claude.asked())
+
+
+def test_told_of_a_shed_while_idle_with_a_draft_and_while_busy(start):
+    claude = start()
+    claude.turn("hello")
+    assert tell(claude)[0] == 0
+    wait_for(lambda: heard(claude))
+    wait_for(lambda: claude.seen().state is State.IDLE and claude.seen().draft == "")
+    assert heard(claude) == 1
+    claude.type("a draft that matters")
+    assert tell(claude)[0] == 0
+    wait_for(lambda: heard(claude) == 2)
+    wait_for(lambda: claude.seen().draft == "a draft that matters" and claude.seen().state is State.IDLE)
+    claude.stage.type("\x15")
+    wait_for(lambda: claude.seen().draft == "")
+    claude.submit("SLOW 8")
+    wait_for(lambda: claude.seen().state is State.BUSY)
+    assert tell(claude)[0] == 0
+    assert claude.seen().state is State.BUSY  # it was queued
+    wait_for(lambda: heard(claude) == 3)
+
+
+def test_told_of_a_shed_at_a_dialog_only_when_that_is_closed(start):
+    claude = start()
+    claude.submit("TOOL touch approved")
+    wait_for(lambda: claude.seen().state is State.WAITING)
+    threading.Timer(6, lambda: claude.stage.type("\x1b")).start()  # no, says the user
+    assert tell(claude)[0] == 0
+    wait_for(lambda: heard(claude))
+    assert not (claude.work / "approved").exists()
+
+
+def test_a_turn_that_sigkill_cut_off_is_asked_for_again_once_in_the_resumed_session(start):
+    claude = start()
+    claude.turn("hello")
+    claude.submit("SLOW 600")
+    wait_for(lambda: claude.seen().state is State.BUSY)
+    session = claude.seen().session
+    asks = replace(PROFILE, session=replace(PROFILE.session, resubmit="Go on where the machine stopped you."))
+    order = str(claude.home.parent / "order")
+    os.kill(claude.stage.pid, signal.SIGKILL)
+    assert cut_turn.ended(order, asks, claude.agent)  # by the state file that it left behind
+    claude.again("--resume", session)
+    assert cut_turn.pending(order, claude.agent) == session
+
+    def ask() -> tuple[int, str]:
+        child = cut_turn.start(order, asks, claude.stage.pid, claude.stage.channel, session)
+        os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+        return child.end(), child.output.decode()
+
+    assert ask()[0] == 0
+    wait_for(lambda: any("Go on where the machine" in text for text in claude.asked()))
+    wait_for(lambda: claude.seen().state is State.IDLE and claude.seen().draft == "")
+    assert claude.seen().session == session
+    assert "it was asked for before" in ask()[1]
+    assert sum("Go on where the machine" in text and "<session>" not in text for text in claude.asked()) == 1

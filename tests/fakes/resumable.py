@@ -1,7 +1,11 @@
 """An agent with a session that can be resumed: resumable.py DIRECTORY [--resume SESSION].
 
 Keeps DIRECTORY/<pid>.json (its state) and DIRECTORY/<session>.jsonl (its turns); reads lines: `fill N` takes N MiB at
-once, `grow N` the same at 20 MB/s, `exit N` ends with that status. SIGTERM: saves a last turn and ends with 143.
+once, `grow N` the same at 20 MB/s, `work N` is busy for N seconds, `deaf` ignores SIGTERM from then on, `exit N` ends
+with that status; all else is a turn. SIGTERM: saves a last turn and ends with 143.
+
+resumable.py DIRECTORY --compact SESSION compacts a stopped session, in a turn: fails where DIRECTORY/overloaded
+is, says that it does with status 0 where DIRECTORY/refuses is, and takes for ever where DIRECTORY/hangs is.
 """
 
 import json
@@ -12,7 +16,7 @@ import time
 import uuid
 
 directory = sys.argv[1]
-session = sys.argv[3] if sys.argv[2:3] == ["--resume"] else f"session-{uuid.uuid4().hex[:8]}"
+mode, session = sys.argv[2:4] if len(sys.argv) > 2 else ("", f"session-{uuid.uuid4().hex[:8]}")
 transcript = os.path.join(directory, f"{session}.jsonl")
 
 
@@ -21,23 +25,48 @@ def turn(text: str) -> None:
         file.write(json.dumps({"text": text}) + "\n")
 
 
+def tell(status: str) -> None:
+    path = os.path.join(directory, f"{os.getpid()}.json")
+    with open(f"{path}.new", "w") as state:
+        json.dump({"sessionId": session, "procStart": ticks, "status": status}, state)
+    os.rename(f"{path}.new", path)
+
+
 def save(*_: object) -> None:
     turn("saved on SIGTERM")
     os._exit(143)
 
 
+if mode == "--compact":
+    while os.path.exists(os.path.join(directory, "hangs")):
+        time.sleep(0.1)
+    if os.path.exists(os.path.join(directory, "overloaded")):
+        sys.exit("the model is \x1b[31moverloaded")
+    if os.path.exists(os.path.join(directory, "refuses")):
+        print('{"result": "too short"}')
+        sys.exit(0)
+    turn("compacted")
+    sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 with open("/proc/self/stat") as stat:
     ticks = stat.read().rpartition(")")[2].split()[19]
-with open(os.path.join(directory, f"{os.getpid()}.json"), "w") as state:
-    json.dump({"sessionId": session, "procStart": ticks, "status": "idle"}, state)
-turn("resumed" if "--resume" in sys.argv else "began")
-print(f"{session} {'goes on' if '--resume' in sys.argv else 'begins'}", flush=True)
+tell("idle")
+turn("resumed" if mode else "began")
+print(f"{session} {'goes on' if mode else 'begins'}", flush=True)
 kept = []
 while True:
     command, _, number = input("agent> ").partition(" ")
+    tell("busy")
     if command == "exit":
         sys.exit(int(number))
-    for _ in range(int(number)):
-        kept.append(bytearray(b"x") * (1 << 20))
-        time.sleep(0.05 if command == "grow" else 0)
+    elif command == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif command == "work":
+        time.sleep(int(number))
+    elif command not in ("fill", "grow"):
+        turn(f"{command} {number}")
+    else:
+        for _ in range(int(number)):
+            kept.append(bytearray(b"x") * (1 << 20))
+            time.sleep(0.05 if command == "grow" else 0)
+    tell("idle")

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,15 @@ session = "sessionId"
 start = "procStart"
 status = "status"
 idle = ["idle"]
+busy = ["busy"]
+[screen]
+prompt = '^agent> ?(?P<draft>[^\\n]*)\\Z'
 [signals]
 compact = "SIGUSR1"
 [session]
 globs = ["{directory}/*.jsonl"]
 resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
+resubmit = "{resubmit}"
 """
 
 
@@ -40,9 +45,10 @@ def desk(tmp_path):
         pytest.skip(str(error))
     made = []
 
-    def start(*options):
+    def start(*options, resubmit=""):
         profile = tmp_path / "profile.toml"
-        profile.write_text(PROFILE.format(directory=tmp_path, python=sys.executable, fake=FAKE))
+        names = {"directory": tmp_path, "python": sys.executable, "fake": FAKE, "resubmit": resubmit}
+        profile.write_text(PROFILE.format(**names))
         words = [*RUN, "--profile", str(profile), "--memory-max", "96MiB", "--source", "poll", *options]
         environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
         made.append(AtTerminal(*words, "--", sys.executable, str(FAKE), str(tmp_path), environment=environment))
@@ -74,12 +80,45 @@ def test_a_terminated_agent_goes_on_under_its_session(desk, tmp_path):
     agent.type(b"grow 200\r")
     agent.await_output(session + b" goes on", 60)
     assert re.search(rb"governor: .* Its session goes on in [0-9.]+ s: ", agent.output)
+    assert re.search(rb"governor: [^\r\n\a]*SIGTERM to the agent", agent.output)  # where its user sits
     agent.await_output(b"agent> ")
     assert turns(tmp_path)[0] == "began" and turns(tmp_path)[-1] == "resumed"
     wait_for(lambda: log_of(tmp_path).count("protecting") == 2)
     agent.type(b"exit 5\r")
     assert agent.wait() == 5
-    assert not list(Path("/run/governor").glob("run-*.resume"))
+    assert not list(Path("/run/governor").glob(f"run-{agent.pid}.resume*"))
+
+
+def test_a_turn_that_was_cut_off_is_asked_for_again_once(desk, tmp_path):
+    agent = desk(resubmit="Go on with it.")
+    session = session_of(agent.output)
+    agent.type(b"grow 200\r")
+    agent.await_output(session + b" goes on", 60)
+    wait_for(lambda: agent.read() is not None and "Go on with it." in turns(tmp_path), 30)
+    assert "its turn was cut off" in log_of(tmp_path)
+    agent.output = b""
+    agent.type(b"grow 200\r")  # a second failure of the same session
+    agent.await_output(session + b" goes on", 60)
+    wait_for(lambda: log_of(tmp_path).count("protecting") == 3)
+    time.sleep(5)
+    assert turns(tmp_path).count("Go on with it.") == 1
+    agent.type(b"exit 0\r")
+    assert agent.wait() == 0
+    assert not list(Path("/run/governor").glob(f"run-{agent.pid}.resume*"))
+
+
+@pytest.mark.parametrize(("resubmit", "times"), [("", 0), ("Go on with it.", 1)])
+def test_a_turn_that_the_kernel_cut_off_is_asked_for_only_if_the_profile_says_how(desk, tmp_path, resubmit, times):
+    (tmp_path / "policy.toml").write_text('extends = "dry-run"\ndry_run = false\n[brake]\nenabled = false\n')
+    agent = desk("--policy", str(tmp_path / "policy.toml"), resubmit=resubmit)
+    session = session_of(agent.output)
+    agent.type(b"grow 200\r")
+    agent.await_output(session + b" goes on", 60)
+    wait_for(lambda: log_of(tmp_path).count("protecting") == 2)
+    if times:
+        wait_for(lambda: agent.read() is not None and "Go on with it." in turns(tmp_path), 30)
+    time.sleep(3)
+    assert turns(tmp_path).count("Go on with it.") == times
 
 
 def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(desk, tmp_path):
@@ -88,7 +127,9 @@ def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(
     session = session_of(agent.output)
     agent.type(b"fill 200\r")
     agent.await_output(session + b" goes on", 60)
-    assert b"the kernel's OOM killer, at the limit of its memcg" in agent.output
+    assert re.search(
+        rb"\ngovernor: [^\n]* was killed: the kernel's OOM killer, at the limit of its memcg", agent.output
+    )
     wait_for(lambda: "after the fact" in log_of(tmp_path) or "archived 1" in log_of(tmp_path))
     assert turns(tmp_path) == ["began", "resumed"]
     agent.type(b"exit 0\r")

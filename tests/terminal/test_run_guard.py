@@ -94,7 +94,7 @@ def test_a_burst_is_archived_and_ended_and_the_memcg_is_gone(run, memcg, tmp_pat
     wait_for(lambda: "protecting" in process.log())
     begin.touch()
     assert process.wait(timeout=60) == 143, process.log()
-    assert "terminat" in process.log()
+    assert "SIGTERM to the agent" in process.log()
     assert (tmp_path / "session.jsonl.saved").exists()
     assert (
         "after the agent's end" in str(sorted((tmp_path / "archives").rglob("*")))

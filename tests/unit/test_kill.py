@@ -164,3 +164,17 @@ def test_an_open_memcg_is_killed_not_what_has_its_path_now(chains, tmp_path):
     processes.kill_memcg(str(old), fd)
     os.close(fd)
     assert lives(newcomer)
+
+
+@pytest.mark.usefixtures("governor_is_elsewhere")
+def test_by_name_only_its_own_die_or_all_of_a_memcg_that_is_governors(chains):
+    (mine,), (theirs,), (other,) = chains.start(1), chains.start(1), chains.start(1)
+    chains.hold(mine, theirs)
+    name = processes.read_process(mine).comm
+    own = {(mine, start_of(mine)), (other, start_of(other)), (theirs, start_of(theirs) + 1)}
+    assert processes.kill_named(str(chains.path), ("codex*",), own) == []
+    assert [each.pid for each in processes.kill_named(str(chains.path), (name[:3] + "*",), own)] == [mine]
+    assert dies(mine) and lives(theirs, other)
+    chains.hold(theirs)
+    assert [each.pid for each in processes.kill_named(str(chains.path), ("x", name), None)] == [theirs]
+    assert dies(theirs) and lives(other)

@@ -67,6 +67,14 @@ FAULTS = [
     (WAY + "[confirm]\nwithin = 0", 4, "more than 0"),
     (WAY + "[session]\nresume = ['a', '{session}']", 4, "state_file.session beside it"),
     (WAY + "[session]\nresume = ['']", 4, "begins with the program to run"),
+    (WAY + "[session]\nresubmit = '/go on'", 4, "words that are no command"),
+    (
+        WAY + "[screen]\nprompt='>(?P<draft>)'\n[state_file]\npath='~/x'\nsession='s'\nstatus='t'\nbusy=['b']\n"
+        "[session]\nresubmit = 'go on'",
+        11,
+        "session.resume beside it",
+    ),
+    (WAY + "[type]\ntell = true", 4, "screen.prompt beside it"),
     ("[type]\ncompact = '/compact'", 2, "screen.prompt beside it"),
     (WAY + "[type]\ncompact = '/compact'\n[screen]\nprompt='>(?P<draft>)'", 2, "only one of"),
     (

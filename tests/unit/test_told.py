@@ -1,6 +1,7 @@
 """What an agent is told of a tool that was killed, and where its next tool reads it."""
 
 import os
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -52,3 +53,24 @@ def test_why_reads_it(directory, tmp_path):
     told.write(os.stat(memcg).st_ino, "killed make")
     assert "killed make" in CliRunner().invoke(app, ["why", "--cgroup", str(memcg)]).stdout
     assert CliRunner().invoke(app, ["why", "--cgroup", str(tmp_path / "none")]).exit_code == 2
+
+
+TYPED = [
+    ("/clear everything", "clear everything"),
+    ("  !# rm -rf x", "rm -rf x"),
+    ("two\nlines\r\x1b[31m \u202e and @ file", "two lines [31m and @ file"),
+    ("x" * 900, "x" * 500),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), TYPED)
+def test_what_is_typed_is_one_plain_line_that_is_no_command(text, line):
+    assert told.typed(text) == line
+
+
+@pytest.mark.parametrize("name", ["a b", "/clear", "x\ny", "@etc", "\x1b[2J", "", "ignore me, and"])
+def test_a_name_that_its_container_chose_says_nothing(name):
+    text = told.of_a_shed([name], None, 0)
+    who = text.removeprefix("governor killed ").partition(" and would have")[0]
+    assert re.fullmatch(r"[A-Za-z0-9._+-]{1,15}", who)
