@@ -111,6 +111,7 @@ def guard(
     _lock_instance(name)
     leftovers.sweep()
     options = guard_options.build(memcg, name, wishes, pid) | {"ready_fd": ready_fd}
+    options["only_pid"] = pid is not None and target == "self"  # who else is there may be anybody
     typer.echo(f"governor: guarding {path}", err=True)
     if in_background:
         _leave(instance.state_directory() / f"{name}.log")
