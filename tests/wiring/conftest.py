@@ -7,11 +7,12 @@ import json
 import os
 import shlex
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import waiting
 
 ROOT = Path(__file__).parent.parent.parent
 WIRING = ROOT / "scripts" / "wiring"
@@ -34,13 +35,7 @@ CAPABILITIES = [
 
 
 def wait_for(condition, seconds=90.0, what="the condition"):
-    """Poll until the condition is true and return its value; fail after `seconds`."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not come within {seconds} s")
+    return waiting.wait_for(condition, seconds, what)
 
 
 def sh(*words, **options):
