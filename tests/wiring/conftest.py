@@ -23,7 +23,7 @@ MY_AGENT = f"""#!/bin/sh
 rm -f "$HOME/begin"
 mkdir -p "$HOME/.claude/projects/p"
 exec python3 {ROOT}/tests/fakes/agent.py "$HOME/.claude/projects/p/s.jsonl" "${{BURST:-touch}}" \\
-    --rate-mb 40 --save-s 0.3 --begin "$HOME/begin"
+    --rate-mb 20 --save-s 0.1 --begin "$HOME/begin"
 """
 # As kubelets say it to containerd: see containerd's pkg/cri and runtime-spec's config.md.
 MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/sys/firmware"]
