@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from governor import instance
+from governor import instance, run_cli
 
 
 def no_home():
@@ -30,3 +30,13 @@ def test_state_is_kept_where_it_can_be(monkeypatch, tmp_path, environment, home,
     usual = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: (mode == os.F_OK or writable) and usual(path, mode))
     assert instance.state_directory() == Path(expected.format(tmp_path))
+
+
+def test_where_nothing_may_be_written_an_agent_can_still_be_run(monkeypatch):
+    def read_only():
+        raise OSError(30, "Read-only file system", "/tmp/governor-1000")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(instance, "run_directory", read_only)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert run_cli._log_path(os.getpid()) == run_cli._socket_path(os.getpid()) == ""
