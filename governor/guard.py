@@ -30,6 +30,7 @@ class Guard:
     only_pid: bool = False  # agent_pid is the only agent there will be: whoever else is in the memcg is none
     resume_path: str = ""  # where governor run looks for what to start after the agent's end; "": nothing is resumed
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
+    ready_fd: int = -1  # who waits for protection to begin, as background.ready() tells it; -1: nobody
 
 
 def read_profile(guard: Guard) -> Profile | None:

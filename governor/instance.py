@@ -35,14 +35,20 @@ def run_directory() -> Path:
 
 
 def state_directory() -> Path:
-    """The directory of journals and archives; not made here."""
+    """The directory of journals and archives; not made here.
+
+    Below the run-time directory where there is no home or nothing may be written there, as in a container whose user
+    is a bare number. Raises OSError where there is neither.
+    """
     base = os.environ.get("XDG_STATE_HOME")
     if not base:
         try:
             base = str(Path.home() / ".local" / "state")
         except RuntimeError:
-            raise OSError("this user has no home directory: set HOME or XDG_STATE_HOME") from None
-    return Path(base) / "governor"
+            return run_directory() / "state"
+    path = Path(base) / "governor"
+    there = next(place for place in (path, *path.parents, Path()) if os.access(place, os.F_OK))
+    return path if os.access(there, os.W_OK | os.X_OK) else run_directory() / "state"
 
 
 def lock(name: str) -> int:
