@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import typer
 
-from governor import __version__, cgroup, guard_options, instance, leftovers, limits, pins, policy_file, probe
+from governor import (
+    __version__,
+    background,
+    cgroup,
+    guard_options,
+    instance,
+    leftovers,
+    limits,
+    pins,
+    policy_file,
+    probe,
+    run_memcg,
+)
 from governor.archive_cli import ArchiveOption, archive_app
 from governor.cli_common import JsonOption, fail, out, reason
 from governor.guard_options import Wishes
@@ -57,7 +69,7 @@ def _global(
 
 @app.command()
 def guard(
-    target: Annotated[str, typer.Option("--cgroup", help="The memcg to protect: a path below /sys/fs/cgroup.")],
+    target: Annotated[str, typer.Option("--cgroup", help='The memcg to protect: below /sys/fs/cgroup, or "self".')],
     pid: Annotated[int | None, typer.Option(help="The agent's process [default: the memcg's oldest].")] = None,
     archive: Annotated[
         list[str] | None,
@@ -73,11 +85,15 @@ def guard(
     ] = "",
     profile: Annotated[str, typer.Option(help="What kind of agent it is: governor profile list.")] = "",
     channel: Annotated[str, typer.Option(help="The agent's terminal: tmux:SOCKET:TARGET.")] = "",
+    in_background: Annotated[
+        bool, typer.Option("--background", help="Go on after this command, which ends once protection has begun.")
+    ] = False,
 ) -> None:
-    """Protect the processes of one memcg.
+    """Protect the processes of one memcg; "self" is the one that this command runs in, as in a container.
 
     Example: governor guard --cgroup /sys/fs/cgroup/system.slice/agent.service
     """
+    ready_fd = background.detach() if in_background else -1
     try:
         compact_argv = guard_options.split(compact)
         wishes = Wishes(policy, archive or [], compact_argv, archive_dir, journal, source, profile, channel)
@@ -94,10 +110,21 @@ def guard(
         raise typer.Exit(0) from None
     _lock_instance(name)
     leftovers.sweep()
-    options = guard_options.build(memcg, name, wishes, pid)
+    options = guard_options.build(memcg, name, wishes, pid) | {"ready_fd": ready_fd}
+    options["only_pid"] = pid is not None and target == "self"  # who else is there may be anybody
     typer.echo(f"governor: guarding {path}", err=True)
+    if in_background:
+        _leave(instance.state_directory() / f"{name}.log")
     argument = orjson.dumps(options).decode()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", argument])
+
+
+def _leave(log: Path) -> None:
+    typer.echo(f"governor: in the background; its words go to {log}", err=True)
+    try:
+        background.leave_streams(log)
+    except OSError as error:
+        fail(f"no log for the guard: {error.strerror}: {error.filename}")
 
 
 def _lock(name: str) -> None:
@@ -116,8 +143,11 @@ def _lock_instance(name: str) -> None:
 
 
 def _check_target(target: str, pid: int | None) -> tuple[Path, cgroup.Memcg]:
-    path = Path(os.path.realpath(target))
     root = Path(cgroup.ROOT)
+    try:
+        path = Path(run_memcg.own().path if target == "self" else os.path.realpath(target))
+    except run_memcg.NoMemcg as error:
+        fail(str(error), 2)
     try:
         memcg = cgroup.Memcg(str(path))
     except OSError:
@@ -276,9 +306,10 @@ def why(
 
     if target and not Path(target).is_dir():
         fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
-    path = os.path.realpath(target) if target else cgroup.memcg_of("self") or cgroup.memcg_of("self", v1=True)
     notices = []
-    for place in (path, *limits.ancestors(path)) if path else ():
+    own = (cgroup.memcg_of("self", v1) for v1 in (False, True))  # hybrid: both, and either may be the guarded one
+    paths = [os.path.realpath(target)] if target else [path for path in own if path]
+    for place in dict.fromkeys(place for path in paths for place in (path, *limits.ancestors(path))):
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):

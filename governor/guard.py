@@ -31,6 +31,7 @@ class Guard:
     resume_path: str = ""  # where governor run looks for what to start after the agent's end; "": nothing is resumed
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
     recycled: str | None = None  # the agent came back by a recycle: "" compacted, else why not
+    ready_fd: int = -1  # who waits for protection to begin, as background.ready() tells it; -1: nobody
 
 
 def read_profile(guard: Guard) -> Profile | None:

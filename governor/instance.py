@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-_TRIES, _AGAIN_S = 50, 0.01
+_PATIENCE_S, _AGAIN_S = 0.5, 0.01
 
 
 class Busy(Exception):
@@ -35,26 +35,33 @@ def run_directory() -> Path:
 
 
 def state_directory() -> Path:
-    """The directory of journals and archives; not made here."""
+    """The directory of journals and archives; not made here.
+
+    Below the run-time directory where there is no home or nothing may be written there, as in a container whose user
+    is a bare number. Raises OSError where there is neither.
+    """
     base = os.environ.get("XDG_STATE_HOME")
     if not base:
         try:
             base = str(Path.home() / ".local" / "state")
         except RuntimeError:
-            raise OSError("this user has no home directory: set HOME or XDG_STATE_HOME") from None
-    return Path(base) / "governor"
+            return run_directory() / "state"
+    path = Path(base) / "governor"
+    there = next(place for place in (path, *path.parents, Path()) if os.access(place, os.F_OK))
+    return path if os.access(there, os.W_OK | os.X_OK) else run_directory() / "state"
 
 
 def lock(name: str) -> int:
     """Take a lock and return its descriptor, which an exec keeps; raises Busy with the holder's pid."""
     path = run_directory() / f"{name}.lock"
-    for _ in range(_TRIES):
+    until_s = time.monotonic() + _PATIENCE_S
+    while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             _take(fd, path)
         except Busy as busy:
             os.close(fd)
-            if busy.pid and Path(f"/proc/{busy.pid}").exists():
+            if time.monotonic() >= until_s or (busy.pid and Path(f"/proc/{busy.pid}").exists()):
                 raise
             time.sleep(_AGAIN_S)  # somebody only looks whether it is held, or has removed it
             continue
@@ -62,7 +69,6 @@ def lock(name: str) -> int:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return fd
-    raise Busy(path, 0)
 
 
 def take_unused(path: Path) -> int:

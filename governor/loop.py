@@ -19,7 +19,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import children, instance, link, model, pins, policy, poll_source, record
+from governor import background, children, instance, link, model, pins, policy, poll_source, record
 from governor.actions.commands import Commands
 from governor.actions.processes import peak_anonymous_bytes
 from governor.agent_process import AgentProcess
@@ -136,6 +136,7 @@ class Loop:
         self._held_ns = 0  # when the last brake was confirmed
         self._dropped = 0
         self._kills = OomKills(guard.cgroup)
+        self._ready_fd = guard.ready_fd
         self._stopping = self._in_a_hurry = False
         self.status = 0  # to exit with
 
@@ -325,6 +326,7 @@ class Loop:
         limit = self._limits.describe()
         text = f"protecting: {self._programs.source_name(source)}; brake: {BRAKE_NAMES[brake]}; limit: {limit}"
         self._note("protecting", text, source=poll_source.NAMES[source], brake=BRAKE_NAMES[brake], limit=limit)
+        self._ready_fd = background.ready(self._ready_fd)
 
     def _on_record(self, found: record.Record, called_back_ns: int) -> None:
         latency_ms = (called_back_ns - found.ktime_ns) / MS
@@ -385,6 +387,8 @@ class Loop:
         self._person.at(pid, self._guard.channel)
         self._reachable()
         self._note("agent", f"the agent is process {pid}", pid=pid, archive=globs)
+        if pid == 1:
+            say("nobody inside a container may stop or kill its process 1: only its tools can be held and killed")
         self._deliveries.ask_again(self._guard.resume_path)
 
     def _agent_ended(self) -> None:
@@ -481,6 +485,8 @@ def _megabytes(found: record.Record) -> str:
 def main() -> int:
     """Entry point: a JSON object with the fields of Guard as the only argument."""
     guard = Guard(**orjson.loads(sys.argv[1]))
+    if guard.ready_fd >= 0:
+        os.set_inheritable(guard.ready_fd, False)
     try:
         loop = Loop(guard)
     except (OSError, FileError) as error:

@@ -20,7 +20,8 @@ from governor.channels.terminal import ChannelError
 from governor.children import Child, Ended, fork
 from governor.journal import printable
 from governor.policy import SECOND
-from governor.profile_agent import environment_of, is_in_our_namespaces
+from governor.profile_agent import is_in_our_namespaces
+from governor.session_files import environment_of
 from governor.subtree import ancestors, read_stat
 from governor.tiers import since
 

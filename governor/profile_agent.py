@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -71,31 +70,12 @@ def is_in_our_namespaces(pid: int) -> bool:
         return False
 
 
-def environment_of(pid: int, name: str) -> str:
-    """A variable of the environment that a process was started with; "" where it cannot be known."""
-    prefix = name.encode() + b"="
-    for entry in _read(f"/proc/{pid}/environ").split(b"\0"):
-        if entry.startswith(prefix):
-            return os.fsdecode(entry[len(prefix) :])
-    return ""
-
-
 def _agent(stat: Stat) -> Agent:
     try:
         uid = Path(f"/proc/{stat.pid}").stat().st_uid
     except OSError:
         raise NoAgent(f"process {stat.pid} has ended") from None
-    return Agent(stat.pid, stat.start_ticks, _inner_pid(stat.pid), uid, _home(stat.pid, uid), stat.comm)
-
-
-def _home(pid: int, uid: int) -> str:
-    """HOME as it was started with, where that belongs to its user; else what the machine knows."""
-    named = environment_of(pid, "HOME")
-    if named.startswith("/") and "\0" not in named:
-        with suppress(OSError, ValueError):
-            if Path(named).stat().st_uid == uid:
-                return named
-    return home_of(pid)
+    return Agent(stat.pid, stat.start_ticks, _inner_pid(stat.pid), uid, home_of(stat.pid), stat.comm)
 
 
 def _inner_pid(pid: int) -> int:

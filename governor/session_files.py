@@ -19,6 +19,7 @@ from pathlib import Path
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NONBLOCK: a FIFO must not hang us
 _WILD = "*?["
+_ENVIRONMENT_BYTES = 1 << 20
 # Never archived unless asked for: who may read an archive is not always who may use the account. By file name and not
 # by "*token*" anywhere in a path, which would leave out the sessions of a project that is called tokenizer.
 CREDENTIALS = (
@@ -69,11 +70,38 @@ def parse_pattern(glob: str, home: str) -> Pattern:
 
 
 def home_of(pid: int) -> str:
-    """Home of the user that a process runs as, "/" where the machine does not know the user."""
+    """HOME as a process was started with, where it may choose that; else its user's, "/" where that is not known.
+
+    It may name a directory of its user's; any where it is as governor is, same user and same mounts: a container's
+    volumes are often root's.
+    """
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+        named = environment_of(pid, "HOME")
+        if named.startswith("/") and (Path(named).stat().st_uid == uid or _is_as_we_are(pid, uid)):
+            return named
+    except (OSError, ValueError):  # it has ended, or there is no such directory
+        pass
     try:
         return pwd.getpwuid(Path(f"/proc/{pid}").stat().st_uid).pw_dir
     except (OSError, KeyError):
         return "/"
+
+
+def _is_as_we_are(pid: int, uid: int) -> bool:
+    mounts = Path("/proc/self/ns/mnt").stat().st_ino
+    return uid == os.geteuid() and Path(f"/proc/{pid}/ns/mnt").stat().st_ino == mounts
+
+
+def environment_of(pid: int, name: str) -> str:
+    """A variable of the environment that a process was started with; "" where it cannot be known."""
+    prefix = name.encode() + b"="
+    try:
+        with Path(f"/proc/{pid}/environ").open("rb") as file:
+            entries = file.read(_ENVIRONMENT_BYTES).split(b"\0")
+    except OSError:
+        return ""
+    return next((os.fsdecode(entry[len(prefix) :]) for entry in entries if entry.startswith(prefix)), "")
 
 
 def excluded(path: str, exclude: tuple[str, ...]) -> bool:

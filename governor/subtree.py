@@ -12,6 +12,13 @@ import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
+# Start one program and wait for it: SIGTERM is for what they started.
+WRAPPERS = {
+    *("governor-run", "sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
+    *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
+}
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of linux/proc_ns.h: the machine's
+
 
 class Stat(NamedTuple):
     """What /proc/PID/stat says; start in clock ticks since boot, the groups in our PID namespace."""
@@ -107,12 +114,26 @@ def members(root_pid: int, memcg_path: str, governor_pid: int) -> list[Stat]:
 
 
 def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
-    """The oldest process of a memcg, without those that are not to be touched; None when there is no other."""
+    """The oldest process of a memcg, without those that are not to be touched; None when there is no other.
+
+    In a container that is process 1, unless it merely started the agent.
+    """
     found = _read(set(memcg_pids(memcg_path)))
+    first = found.get(1)
+    if first and in_container() and first.comm.split(" ")[0] not in WRAPPERS:
+        return first
     untouchable = _untouchable(found, governor_pid)
     running = [stat for stat in found.values() if not stat.ended and stat.comm != "governor-run"]
     others = [stat for stat in running if stat.pid not in untouchable]
     return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
+
+
+def in_container() -> bool:
+    """Whether process 1 is a container's, and not the machine's."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE  # noqa: PTH116  no pathlib here
+    except OSError:
+        return False
 
 
 def _read(pids: set[int]) -> dict[int, Stat]:

@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from governor.subtree import Stat, ancestors, memcg_pids, read_stat
+from governor.subtree import WRAPPERS, Stat, ancestors, memcg_pids, read_stat
 
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
-# Start one program and wait for it: SIGTERM is for what they started.
-WRAPPERS = {
-    *("governor-run", "sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
-    *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
-}
 _KILL_ROUNDS = 8
 _PIDFD_SIGNAL_THREAD = 1  # linux/pidfd.h
 _LIBC = ctypes.CDLL(None)

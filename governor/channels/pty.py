@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import time
+import unicodedata
 from base64 import b64decode, b64encode
 from collections.abc import Collection
 from typing import Any
@@ -182,6 +183,7 @@ class Renderer:
 
     def _fresh(self) -> None:
         import pyte
+        from wcwidth import wcwidth
 
         class Screen(pyte.Screen):
             """One that scrolls by SU and SD too, whose cursor outside a scroll region is not drawn into it, and which
@@ -189,6 +191,11 @@ class Renderer:
             """
 
             saved = (0, 0)
+
+            def draw(self, data: str) -> None:
+                if not data.isascii():  # pyte leaves out what follows an emoji's variation selector, or a joiner
+                    data = "".join(char for char in data if wcwidth(char) > 0 or unicodedata.combining(char))
+                super().draw(data)
 
             def save_cursor(self) -> None:
                 self.saved = self.cursor.x, self.cursor.y

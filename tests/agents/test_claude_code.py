@@ -1,157 +1,63 @@
 """The profile claude-code on the real Claude Code, against a stand-in for its model API on loopback.
 
-Not part of scripts/check: needs the program, from GOVERNOR_CLAUDE (its path) or else installed from the npm
-registry for the run (GOVERNOR_CLAUDE_VERSION [default: the newest]). Skips, with the reason, where it cannot be
-had.
+Not part of scripts/check: scripts/agents installs the program and runs these.
 """
 
-import json
 import os
-import shlex
-import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from governor import cut_turn, profile_file, telling, told
-from governor.actions.processes import anonymous_bytes
+from governor import cut_turn, telling, told
 from governor.delivery import deliver, open_terminal
 from governor.model import Growth, Status, Tier
 from governor.policy import SECOND
-from governor.profile_agent import find_agent
 from governor.profile_cli import attempt
-from governor.profile_state import State, look
-from governor.subtree import read_stat
+from governor.profile_state import State
+from tests.agents.place import PROFILE, Driven, Place
 from tests.fakes.stage import PtyStage, TmuxStage
 from tests.waiting import wait_for
 
-FAKES = Path(__file__).resolve().parent.parent / "fakes"
-PROFILE = profile_file.load("claude-code").profile
-KEY = "sk-ant-api03-made-up-key-for-tests-0123456789abcdef"
-ENVIRONMENT = {
-    "ANTHROPIC_API_KEY": KEY,
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    "DISABLE_AUTOUPDATER": "1",
-    "DISABLE_TELEMETRY": "1",
-    "DISABLE_ERROR_REPORTING": "1",
-    "IS_SANDBOX": "1",
-}
 
+class Claude(Driven):
+    """Claude Code in a terminal, with nobody beside it."""
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    if given := os.environ.get("GOVERNOR_CLAUDE"):
-        return given
-    if not shutil.which("npm"):
-        pytest.skip("npm is not installed")
-    version = os.environ.get("GOVERNOR_CLAUDE_VERSION", "latest")
-    prefix = tmp_path_factory.mktemp("npm")
-    argv = ["npm", "install", "--prefix", str(prefix), "--no-audit", "--no-fund"]
-    done = subprocess.run([*argv, f"@anthropic-ai/claude-code@{version}"], capture_output=True, text=True)
-    found = [
-        path for path in prefix.glob("node_modules/@anthropic-ai/claude-code-*/claude") if os.access(path, os.X_OK)
-    ]
-    if not found:
-        pytest.skip(f"Claude Code cannot be installed: {done.stderr[-300:]}")
-    return str(found[0])
+    def __init__(self, kind, program: str, directory: Path, settings: dict) -> None:
+        super().__init__(Place(directory, settings))
+        command = f'cd "{self.place.work}" && exec "{program}" --permission-mode default'
+        self._start = lambda *more: kind(
+            directory, ["sh", "-c", f"{command} {' '.join(more)}"], self.place.environment
+        )
+        self._sit_down()
 
-
-class Claude:
-    """A running Claude Code and the record of what it asked its model."""
-
-    def __init__(
-        self, kind, program: str, directory: Path, settings: dict, before: Sequence[str] = (), more: Mapping = {}
-    ) -> None:
-        """`before`: words before the program; `more`: of the environment."""
-        self.home, self.work, self.requests = directory / "home", directory / "work", directory / "requests"
-        self.home.mkdir()
-        self.work.mkdir()
-        port = directory / "port"
-        self.api = subprocess.Popen([sys.executable, str(FAKES / "model_api.py"), str(port), str(self.requests)])
-        wait_for(lambda: port.exists() and port.read_text())
-        project = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True, "allowedTools": []}
-        config = {
-            "hasCompletedOnboarding": True,
-            "lastOnboardingVersion": "99.0.0",
-            "theme": "dark",
-            "autoUpdates": False,
-            "customApiKeyResponses": {"approved": [KEY[-20:]], "rejected": []},
-            "projects": {str(self.work): {**project, "mcpServers": {}}},
-        }
-        (self.home / ".claude.json").write_text(json.dumps(config | settings))
-        environment = ENVIRONMENT | {
-            "HOME": str(self.home),
-            "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port.read_text()}",
-        }
-        command = f'cd "{self.work}" && exec {shlex.join([*before, program])} --permission-mode default'
-        environment |= more
-        self._start = lambda *options: kind(directory, ["sh", "-c", f"{command} {' '.join(options)}"], environment)
-        self.stage = self._start()
-        self.find()
+    def _sit_down(self, *options: str) -> None:
+        self.stage = self._start(*options)
+        self.channel = self.stage.channel
+        self.await_prompt()
+        self.agent = self.find()
 
     def again(self, *options: str) -> None:
         """Another one in its place, with these options."""
         with suppress(subprocess.CalledProcessError):  # tmux's server has ended with the one before
             self.stage.close()
-        (self.home.parent / "pid").unlink(missing_ok=True)
-        (self.home.parent / "control.sock").unlink(missing_ok=True)
-        for file in (self.home / ".claude/sessions").glob("*.json"):
-            file.unlink()
-        self.stage = self._start(*options)
-        self.find()
-
-    def find(self) -> None:
-        """The process and its terminal, once it takes text."""
-        wait_for(lambda: list((self.home / ".claude/sessions").glob("*.json")), 60)
-        self.agent = find_agent(PROFILE.match, self.stage.pid)
-        self.terminal = open_terminal(self.stage.channel, self.agent)
-        wait_for(lambda: self.seen().open, 60)
-
-    def seen(self):
-        return look(PROFILE, self.agent, self.terminal.screen())
-
-    def type(self, text: str) -> None:
-        self.stage.type(text)
-        wait_for(lambda: self.seen().draft == text)
-
-    def submit(self, text: str) -> None:
-        self.type(text)
-        time.sleep(0.3)
-        self.stage.type("\r")
-
-    def turn(self, text: str) -> None:
-        before = self.answers().count("text")
-        self.submit(text)
-        wait_for(lambda: self.answers().count("text") > before)
-        wait_for(lambda: self.seen().state is State.IDLE and self.seen().draft == "")
-
-    def answers(self) -> list[str]:
-        return [request["answer"] for request in self._requests()]
-
-    def asked(self) -> list[str]:
-        return [request["text"] for request in self._requests()]
-
-    def _requests(self) -> list[dict]:
-        lines = self.requests.read_text().splitlines() if self.requests.exists() else []
-        return [json.loads(line) for line in lines]
+        for name in ("pid", "control.sock"):
+            (self.place.home.parent / name).unlink(missing_ok=True)
+        self._sit_down(*options)
 
     def deliver(self, tier=Tier.COMPACT, profile=PROFILE, within_s=90):
-        outcome = deliver(profile, tier, self.agent, self.terminal, time.monotonic_ns() + within_s * SECOND)
+        terminal = open_terminal(self.channel, self.agent)
+        outcome = deliver(profile, tier, self.agent, terminal, time.monotonic_ns() + within_s * SECOND)
         print(outcome)
         return outcome
 
-    def close(self) -> None:
-        self.stage.close()
-        self.api.terminate()
-        self.api.wait()
+    def screen(self):
+        return open_terminal(self.channel, self.agent).screen()
 
 
 @pytest.fixture(params=[TmuxStage, PtyStage], ids=["tmux", "pty"])
@@ -164,7 +70,8 @@ def start(request, program, tmp_path):
 
     yield run
     for claude in started:
-        claude.close()
+        claude.stage.close()
+        claude.place.close()
 
 
 def test_a_session_is_compacted_a_draft_is_kept_and_it_is_cleared(start):
@@ -175,13 +82,13 @@ def test_a_session_is_compacted_a_draft_is_kept_and_it_is_cleared(start):
     assert (told["why_not"], told["state"], told["agent_pid"]) == ("", "idle", claude.agent.pid)
     assert any(told["session"] in file for file in told["would_archive"])
     assert claude.deliver().status is Status.DELIVERED
-    assert claude.answers().count("compaction") == 1
+    assert claude.place.answers().count("compaction") == 1
     claude.turn("more to talk of")
     claude.type("a draft that matters")
     session = claude.seen().session
     assert claude.deliver().status is Status.DELIVERED
     wait_for(lambda: claude.seen().draft == "a draft that matters")
-    assert claude.answers().count("compaction") == 2
+    assert claude.place.answers().count("compaction") == 2
     assert claude.deliver(Tier.CLEAR).status is Status.DELIVERED
     assert claude.seen().session not in ("", session)
     wait_for(lambda: claude.seen().draft == "a draft that matters")
@@ -191,13 +98,13 @@ def test_nothing_is_typed_into_a_permission_dialog(start):
     claude = start()
     claude.submit("TOOL touch approved")
     wait_for(lambda: claude.seen().state is State.WAITING)
-    before = claude.terminal.screen()[-6:]  # the dialog: above it something blinks
+    before = claude.screen()[-6:]  # the dialog: above it something blinks
     outcome = claude.deliver()
     assert outcome.status is Status.DEFERRED
     assert outcome.reason.startswith("nothing typed: it is waiting")
-    assert claude.terminal.screen()[-6:] == before
+    assert claude.screen()[-6:] == before
     time.sleep(1)
-    assert not (claude.work / "approved").exists()
+    assert not (claude.place.work / "approved").exists()
 
 
 def test_a_permission_dialog_that_opens_between_text_and_enter_is_not_approved(start):
@@ -209,7 +116,7 @@ def test_a_permission_dialog_that_opens_between_text_and_enter_is_not_approved(s
     assert outcome.status is Status.DEFERRED
     assert outcome.reason.startswith("Enter was not pressed: it is waiting")
     time.sleep(1)
-    assert not (claude.work / "approved").exists()
+    assert not (claude.place.work / "approved").exists()
     assert claude.seen().state is State.WAITING
 
 
@@ -220,7 +127,7 @@ def test_a_busy_agent_queues_it(start):
     claude.submit("SLOW 5")
     wait_for(lambda: claude.seen().state is State.BUSY)
     assert claude.deliver().status is Status.DELIVERED
-    assert claude.answers()[-2:] == ["slow", "compaction"] or "compaction" in claude.answers()
+    assert claude.place.answers()[-2:] == ["slow", "compaction"] or "compaction" in claude.place.answers()
     claude.submit("SLOW 600")
     wait_for(lambda: claude.seen().state is State.BUSY)
     claude.type("a draft")
@@ -248,67 +155,15 @@ def test_enter_is_not_pressed_in_vims_normal_mode(start):
     claude.stage.type("\x1b")
     time.sleep(1)
     outcome = claude.deliver()
-    assert outcome.status is Status.DEFERRED
+    assert outcome.status is Status.FAILED
     assert outcome.reason.startswith("Enter was not pressed")
-    assert not claude.requests.exists()
+    assert not claude.place.requests.exists()
 
 
 def test_a_session_too_short_to_compact_is_told(start):
     claude = start()
     outcome = claude.deliver()
     assert (outcome.status, "refused" in outcome.reason) == (Status.FAILED, True)
-
-
-def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, tmp_path):
-    """Under `governor run`, whose policy says that it is time, and that there is room."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "claude").symlink_to(program)
-    policy = tmp_path / "policy.toml"
-    policy.write_text(
-        "[compact]\nengage = 0.02\nrelease = 0.01\n[signals]\nstalled_compact = 0.02\n[recycle]\nengage = 0.03\n"
-        'release = 0.02\npeak = "100MiB"\nfreed = 0.001\ndwell = "45s"\nwarning = "1s"\nsettle = "15s"\n'
-    )
-    run = [
-        sys.executable,
-        "-m",
-        "governor",
-        "run",
-        "--memory-max",
-        "3GiB",
-        "--source",
-        "poll",
-        "--policy",
-        str(policy),
-    ]
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": str(FAKES.parents[1]), "PATH": path}
-    claude = Claude(PtyStage, "claude", tmp_path, {}, [*run, "--"], environment)
-
-    def log():
-        return "".join(file.read_text() for file in (tmp_path / "state" / "governor").glob("run-*.log"))
-
-    try:
-        claude.turn("hello")
-        claude.turn("BIG 1000")
-        claude.turn("BIG 1000")
-        session, pid, held_bytes = claude.seen().session, claude.agent.pid, anonymous_bytes(claude.agent.pid)
-        pid_and_channel = claude.stage.pid, claude.stage.channel
-        wait_for(lambda: attempt(PROFILE, *pid_and_channel)["would_recycle"].startswith("end it"))
-        wait_for(lambda: read_stat(pid) is None, 120)
-        wait_for(lambda: "recycle freed" in log(), 120)
-        claude.find()
-        print(log(), f"{held_bytes >> 20} MiB before, {anonymous_bytes(claude.agent.pid) >> 20} MiB after")
-        assert (claude.seen().session, claude.agent.pid != pid) == (session, True)
-        assert claude.answers().count("compaction") == 1
-        [transcript] = (claude.home / ".claude/projects").glob(f"*/{session}.jsonl")
-        assert '"subtype":"compact_boundary"' in transcript.read_text()
-        assert anonymous_bytes(claude.agent.pid) < held_bytes
-        assert "of use" in log()
-        claude.turn("and on it goes")
-    finally:
-        os.kill(claude.stage.pid, signal.SIGTERM)
-        wait_for(lambda: read_stat(claude.stage.pid).ended)
-        claude.close()
 
 
 # Told of a shed
@@ -327,9 +182,13 @@ def tell(claude) -> tuple[int, str]:
     return status, child.output.decode()
 
 
+def asked(claude) -> list[str]:
+    return [asked["text"] for asked in claude.place.asked()]
+
+
 def heard(claude) -> int:
     """How often its model was told; a title for the session is asked for as well."""
-    return sum(SHED[:60] in text and "<session>" not in text for text in claude.asked())
+    return len([text for text in asked(claude) if SHED[:60] in text and "<session>" not in text])
 
 
 def test_told_of_a_shed_while_idle_with_a_draft_and_while_busy(start):
@@ -359,7 +218,7 @@ def test_told_of_a_shed_at_a_dialog_only_when_that_is_closed(start):
     threading.Timer(6, lambda: claude.stage.type("\x1b")).start()  # no, says the user
     assert tell(claude)[0] == 0
     wait_for(lambda: heard(claude))
-    assert not (claude.work / "approved").exists()
+    assert not (claude.place.work / "approved").exists()
 
 
 def test_a_turn_that_sigkill_cut_off_is_asked_for_again_once_in_the_resumed_session(start):
@@ -369,7 +228,7 @@ def test_a_turn_that_sigkill_cut_off_is_asked_for_again_once_in_the_resumed_sess
     wait_for(lambda: claude.seen().state is State.BUSY)
     session = claude.seen().session
     asks = replace(PROFILE, session=replace(PROFILE.session, resubmit="Go on where the machine stopped you."))
-    order = str(claude.home.parent / "order")
+    order = str(claude.place.home.parent / "order")
     os.kill(claude.stage.pid, signal.SIGKILL)
     assert cut_turn.ended(order, asks, claude.agent)  # by the state file that it left behind
     claude.again("--resume", session)
@@ -381,8 +240,8 @@ def test_a_turn_that_sigkill_cut_off_is_asked_for_again_once_in_the_resumed_sess
         return child.end(), child.output.decode()
 
     assert ask()[0] == 0
-    wait_for(lambda: any("Go on where the machine" in text for text in claude.asked()))
+    wait_for(lambda: any("Go on where the machine" in text for text in asked(claude)))
     wait_for(lambda: claude.seen().state is State.IDLE and claude.seen().draft == "")
     assert claude.seen().session == session
     assert "it was asked for before" in ask()[1]
-    assert sum("Go on where the machine" in text and "<session>" not in text for text in claude.asked()) == 1
+    assert sum("Go on where the machine" in text and "<session>" not in text for text in asked(claude)) == 1

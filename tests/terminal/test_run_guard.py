@@ -252,6 +252,44 @@ def test_a_limit_that_cannot_be_made_is_said(run):
     assert "no memcg for --memory-max" in process.log()
 
 
+OFF = """
+import os, sys, time
+from governor.subtree import read_stat
+from governor.switch_off import switch_off
+log, begin, agent_pid = sys.argv[1], sys.argv[2], int(sys.argv[3])
+open(begin, "w").close()
+while "braked" not in open(log).read():
+    time.sleep(0.001)
+before, done = read_stat(agent_pid).state, switch_off()
+after = read_stat(agent_pid)
+print(before, after.state if after else "-", *sorted(os.listdir("/run/governor")), *done, sep="|")
+"""
+
+
+def test_off_lets_a_braked_agent_go_on_and_leaves_nothing(run, memcg, tmp_path):
+    """In a mount namespace, where /run is its own: no other governor of this machine is ended."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for a mount namespace")
+    session, begin = tmp_path / "session.jsonl", tmp_path / "begin"
+    command = [PYTHON, AGENT, session, "touch", "--rate-mb", "25", "--begin", begin]
+    prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "x"]
+    process = run("--memory-max", "96MiB", "--archive", f"{tmp_path}/*.jsonl*", "--", *command, prefix=prefix)
+    assert process.stdout.readline() == b"ready\n"
+    wait_for(lambda: "protecting" in process.log())
+    guard_pid = guard_of(process.pid)
+    [agent_pid] = [pid for pid in children_of(process.pid) if pid != guard_pid]
+    inside = ["nsenter", "--mount", "--target", str(process.pid), PYTHON, "-c", OFF]
+    off = subprocess.run(
+        [*inside, tmp_path / "log-0", begin, str(agent_pid)], capture_output=True, text=True, timeout=60
+    )
+    before, after, *left = off.stdout.rstrip("\n").split("|")
+    assert before in "TRSD" and after in "RSD-", off.stderr  # held, unless the machine was slow
+    assert left[0] == f"run-{process.pid}.sock" and f"stopped process {guard_pid}" in left[1:]
+    assert process.wait(timeout=60) != 0  # it bursts on, as without governor
+    assert "is not started again" in process.log()
+    assert own_memcgs(process.pid) == []
+
+
 # Process 1
 
 

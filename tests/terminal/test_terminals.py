@@ -49,6 +49,7 @@ OUTPUTS = [
     (b"a\r\nb\r\nc\x1b[S", ["b", "c"]),
     (b"a\r\nb\r\n\x1b[2T", ["a", "b"]),
     ("wide 漢字 and é".encode(), ["wide 漢字 and é"]),
+    ("\u2764\ufe0f and a \u200d joiner, e\u0301".encode(), ["\u2764 and a  joiner, \u00e9"]),
     (b"cut \xe6\xbc", ["cut"]),
     (b"unfinished \x1b[12", ["unfinished"]),
     (b"\x1b[9999999999A\x1b[999;1;999H.", ["."]),

@@ -1,6 +1,8 @@
 """Archives: what goes in, what never does, what comes out."""
 
 import os
+import pwd
+import subprocess
 import threading
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from governor import archive
 from governor.manifest import MANIFEST_NAME, TAR_NAME
-from governor.session_files import find, parse_pattern
+from governor.session_files import find, home_of, parse_pattern
 
 
 @pytest.fixture
@@ -67,6 +69,16 @@ def test_links_fifos_and_directories_lead_nowhere(tmp_path, home):
     assert manifest.skipped[f"{home}/link.jsonl"] == "a symbolic link"
     assert manifest.skipped[f"{home}/fifo.jsonl"] == "not a regular file"
     archive.verify(where, manifest.name)
+
+
+@pytest.mark.parametrize("named", ["own", "others", "none"])
+def test_home_is_what_the_agent_was_started_with(tmp_path, named):
+    homes = {"own": str(tmp_path), "others": "/usr", "none": str(tmp_path / "none")}
+    agent = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={"HOME": homes[named]})
+    usual = pwd.getpwuid(os.getuid()).pw_dir
+    assert home_of(agent.pid) == (usual if named == "none" else homes[named])  # it could read others' just as well
+    agent.communicate()
+    assert home_of(agent.pid) == "/"
 
 
 def test_a_file_twice_matched_is_there_once(tmp_path, home):

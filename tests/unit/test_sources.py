@@ -329,6 +329,19 @@ def test_governor_its_parents_and_its_children_are_never_touched(family):
     assert subtree.oldest_other(str(family.path), family.stranger.pid).pid == family.agent.pid
 
 
+@pytest.mark.parametrize(
+    ("comm", "in_container", "found"),
+    [("node", True, 1), ("sh", True, 40), ("governor-run", True, 40), ("systemd", False, 40)],
+)
+def test_a_containers_process_1_is_its_agent_unless_it_only_started_that(monkeypatch, comm, in_container, found):
+    rest = (1, 0, 0, 0, 100)
+    processes = {1: subtree.Stat(1, 0, 5, "S", comm, *rest), 40: subtree.Stat(40, 1, 9, "S", "tool", *rest)}
+    monkeypatch.setattr(subtree, "memcg_pids", lambda path: list(processes))
+    monkeypatch.setattr(subtree, "_read", lambda pids: processes)
+    monkeypatch.setattr(subtree, "in_container", lambda: in_container)
+    assert subtree.oldest_other("/sys/fs/cgroup", os.getpid()).pid == found
+
+
 def test_a_signal_is_for_this_very_process(family):
     stat = subtree.read_stat(family.stranger.pid)
     assert not subtree.send(stat.pid, stat.start_ticks + 1, signal.SIGKILL)
