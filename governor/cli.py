@@ -306,9 +306,10 @@ def why(
 
     if target and not Path(target).is_dir():
         fail(f"found no memcg at {target}, expected a directory below {cgroup.ROOT}", 2)
-    path = os.path.realpath(target) if target else cgroup.memcg_of("self") or cgroup.memcg_of("self", v1=True)
     notices = []
-    for place in (path, *limits.ancestors(path)) if path else ():
+    own = (cgroup.memcg_of("self", v1) for v1 in (False, True))  # hybrid: both, and either may be the guarded one
+    paths = [os.path.realpath(target)] if target else [path for path in own if path]
+    for place in dict.fromkeys(place for path in paths for place in (path, *limits.ancestors(path))):
         with suppress(OSError):
             cgroup_id = os.stat(place).st_ino  # noqa: PTH116
             for directory in dict.fromkeys((Path("/run/governor"), instance.run_directory())):

@@ -15,6 +15,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _REASON_LIMIT = 400
 _STEP_S = 0.1  # between two looks
 _STANDS_NS = 3 * SECOND  # for the text to come to stand in the input
+_ARRIVES_NS = 15 * SECOND  # and while the input shows nothing of it: a slow agent has not read the keys yet
 _STASH_NS = SECOND
 _ROOM_NS = 5 * SECOND  # with less time than this nothing is begun
 _END_NS = 500 * MS  # before the deadline: to say what was seen
@@ -191,8 +193,9 @@ class _Typist:
         except ChannelError as error:
             if self._entered:
                 return Outcome(Status.FAILED, f"{self._shown} was sent, and then: {error}")
-            left = f"; {self._shown} may stand in its input" if self._typed else ""
-            return Outcome(Status.DEFERRED, f"{error}{left}{self._aside()}")
+            if self._typed:  # and may be on its way: who types again soon types it twice
+                return Outcome(Status.FAILED, f"{error}; {self._shown} may stand in its input{self._aside()}")
+            return Outcome(Status.DEFERRED, f"{error}{self._aside()}")
 
     def _deliver(self, evidence_since: Callable[[Seen], Evidence | Gone]) -> Outcome:
         seen = self._look()
@@ -206,8 +209,10 @@ class _Typist:
                 return outcome
         evidence = evidence_since(seen)
         if not stands(seen.draft, self._text):  # else an earlier delivery had to leave it there
-            self._typed = True
-            self._send(self._profile.type.before + self._text)
+            self._typed, before = True, seen.draft
+            with suppress(ChannelError):  # the keys may have arrived all the same: the look tells
+                self._send(self._profile.type.before + self._text)
+            self._until(lambda seen: seen.draft != before or not seen.open, _ARRIVES_NS)
         time.sleep(self._profile.type.pause_ns / SECOND)
         # The last look is the one right before Enter.
         seen = self._until(lambda seen: stands(seen.draft, self._text) or not seen.open, _STANDS_NS)
@@ -247,7 +252,9 @@ class _Typist:
                 self._typed = False
                 self._bring_back(seen)
         left = f"; {self._shown} was typed and left there" if self._typed else "; the text was taken out again"
-        return Outcome(Status.DEFERRED, f"Enter was not pressed: {reason}{left}{self._aside()}")
+        # What was typed and is not seen may come yet: who types again soon types it twice.
+        status = Status.FAILED if self._typed and not why else Status.DEFERRED
+        return Outcome(status, f"Enter was not pressed: {reason}{left}{self._aside()}")
 
     def _confirm(self, evidence: Evidence | Gone) -> Outcome:
         """Wait for the effect; while the agent is frozen the time stands still."""

@@ -197,6 +197,8 @@ def resumed(state: State, same_agent: bool, now_ns: int) -> State:
 
 
 def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
+    if state.phase is Phase.PROBATION and state.held:
+        event = replace(event, growth=_together(state.held.growth, event.growth))
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
     if state.phase is Phase.PROBATION and state.held:
         event = replace(event, growth=_with_earlier(event.growth, state.held.growth))
@@ -225,6 +227,22 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
         return state, (Archive(where),)
     hold = Prolong(policy.archive.deadline_ns + policy.archive.deadline_ns // 2)
     return state, (Archive(where), hold, Warn("terminate", 0, where))
+
+
+def _together(before: Growth | None, now: Growth | None) -> Growth | None:
+    """Growth up to the last brake and since: between two brakes a frozen or throttled tool grows little."""
+    if before is None or now is None or not before.culprit_pid:
+        return now
+    culprit = (now.culprit_pid, now.culprit_start_ticks)
+    if now.culprit_pid and culprit != (before.culprit_pid, before.culprit_start_ticks):
+        return now
+    return replace(
+        now if now.culprit_pid else before,
+        grown_bytes=before.grown_bytes + (now.grown_bytes if now.culprit_pid else 0),
+        agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
+        others_grown_bytes=before.others_grown_bytes + now.others_grown_bytes,
+        window_ns=before.window_ns + now.window_ns,
+    )
 
 
 def _is_late(held: Braked | None, policy: Policy) -> bool:

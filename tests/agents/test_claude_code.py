@@ -237,7 +237,7 @@ def test_enter_is_not_pressed_in_vims_normal_mode(start):
     claude.stage.type("\x1b")
     time.sleep(1)
     outcome = claude.deliver()
-    assert outcome.status is Status.DEFERRED
+    assert outcome.status is Status.FAILED
     assert outcome.reason.startswith("Enter was not pressed")
     assert not claude.requests.exists()
 

@@ -3,9 +3,10 @@
     model_api.py PORT_FILE REQUESTS_FILE
 
 Writes the port that it listens on to PORT_FILE and a line of JSON for every request to REQUESTS_FILE: the last text
-of the user, and what was answered. A line of the last text decides the answer: "SLOW n" takes n seconds, "TOOL
-command" asks for the Bash tool to run the command ("SLOW n TOOL command": after n seconds), a compaction request
-gets a summary, all else a short text. Standard library only.
+of the user, what came of a tool, and what was answered. A line of the last text decides the answer: "SLOW n" takes n
+seconds, "TOOL command" asks for the Bash tool to run the command ("SLOW n TOOL command": after n seconds), "BIG n" is
+a list of n MB (the agent takes 300 MB for it), a compaction request gets a summary, all else a short text.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import re
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
+
+PIECE = 16 << 10  # characters of one event
 
 
 def last_blocks(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,15 +38,21 @@ def last_text(body: dict[str, Any]) -> str:
     return "\n".join(str(block.get("text", "")) for block in last_blocks(body))
 
 
-def wish(body: dict[str, Any]) -> tuple[str, str]:
-    """Seconds and a command that the newest wish asks for, each "" for none; a tool's result fulfils it."""
+def last_results(body: dict[str, Any]) -> str:
+    results = [block.get("content", "") for block in last_blocks(body) if block.get("type") == "tool_result"]
+    return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in results)
+
+
+def wish(body: dict[str, Any]) -> tuple[str, str, str]:
+    """Seconds, a command and MB that the newest wish asks for, each "" for none; a tool's result fulfils it."""
     for block in reversed(last_blocks(body) if body.get("tools") else []):
-        wishes = re.findall(r"^(?:SLOW ([0-9.]+))? ?(?:TOOL (.+))?$", str(block.get("text", "")), re.MULTILINE)
+        wished = r"^(?:SLOW ([0-9.]+))? ?(?:TOOL (.+))?(?:BIG ([0-9.]+))?$"
+        wishes = re.findall(wished, str(block.get("text", "")), re.MULTILINE)
         if found := [wish for wish in wishes if any(wish)]:
             return found[-1]
         if block.get("type") == "tool_result":
             break
-    return "", ""
+    return "", "", ""
 
 
 def decide(body: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
@@ -50,12 +60,19 @@ def decide(body: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
     text = last_text(body)
     if "summary of the conversation" in text or "<summary>" in text:
         return "compaction", {"type": "text", "text": "<summary>We talked about little.</summary>"}, 0.0
-    seconds, command = wish(body)
+    seconds, command, megabytes = wish(body)
     if command:
         tool = {"type": "tool_use", "id": f"toolu_{time.time_ns()}", "name": "Bash"}
         return "tool", {**tool, "input": {"command": command, "description": "a command"}}, float(seconds or 0)
     if seconds:
         return "slow", {"type": "text", "text": "That took a while."}, float(seconds)
+    if megabytes:
+        lines = (
+            f"- **item {number}** of `a list` with *words* and [a link](http://example/{number})"
+            for number in count(1)
+        )
+        text = "\n".join(islice(lines, int(float(megabytes) * 15_000)))
+        return "big", {"type": "text", "text": text}, 0.0
     return "text", {"type": "text", "text": "It is done."}, 0.0
 
 
@@ -66,17 +83,19 @@ def events(model: str, block: dict[str, Any], wait_s: float) -> Any:
     message |= {"stop_reason": None, "stop_sequence": None, "usage": usage}
     yield "message_start", {"message": message}
     if block["type"] == "tool_use":
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+        deltas = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
         start = {**block, "input": {}}
     else:
-        delta = {"type": "text_delta", "text": block["text"]}
+        text = block["text"]
+        deltas = [{"type": "text_delta", "text": text[at : at + PIECE]} for at in range(0, len(text), PIECE)]
         start = {**block, "text": ""}
     yield "content_block_start", {"index": 0, "content_block": start}
     until = time.monotonic() + wait_s
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(left, 1.0))
         yield "ping", {}
-    yield "content_block_delta", {"index": 0, "delta": delta}
+    for delta in deltas:
+        yield "content_block_delta", {"index": 0, "delta": delta}
     yield "content_block_stop", {"index": 0}
     reason = "tool_use" if block["type"] == "tool_use" else "end_turn"
     yield "message_delta", {"delta": {"stop_reason": reason, "stop_sequence": None}, "usage": {"output_tokens": 20}}
@@ -95,8 +114,9 @@ class Handler(BaseHTTPRequestHandler):
             self._json({})
             return
         name, block, wait_s = decide(body)
+        line = {"answer": name, "text": last_text(body)[-2000:], "result": last_results(body)[-2000:]}
         with self.record.open("a") as file:
-            file.write(json.dumps({"answer": name, "text": last_text(body)[-2000:]}) + "\n")
+            file.write(json.dumps(line) + "\n")
         if not body.get("stream"):
             self._json(
                 {

@@ -8,7 +8,8 @@ mode, `i` leaves it; "!" in an empty input is shell mode. In a dialog there is n
 key is taken as an answer. While busy, what is submitted is queued. RECORD gets a line of JSON for each thing that
 was done to it.
 
-ORDERS is read as it grows, a line of JSON each: {"dialog": TEXT}, {"close": 1}, {"busy": SECONDS}, {"say": TEXT}.
+ORDERS is read as it grows, a line of JSON each: {"dialog": TEXT}, {"close": 1}, {"busy": SECONDS}, {"say": TEXT},
+{"stall": SECONDS} (reads and draws nothing meanwhile).
 --dialog-on: a dialog opens as soon as this text stands in the input.
 """
 
@@ -123,6 +124,8 @@ class Repl:
             self.dialog = order.get("dialog", "" if "close" in order else self.dialog)
             if "busy" in order:
                 self.busy_until = time.monotonic() + order["busy"]
+            if "stall" in order:
+                time.sleep(order["stall"])
             if "say" in order:
                 self.history.append(order["say"])
         had, self.orders_read = self.orders_read, len(lines)

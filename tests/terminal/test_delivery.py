@@ -84,6 +84,14 @@ def test_an_idle_agent_gets_the_command_once_and_its_effect_is_awaited(start, pr
     assert agent.done()[1:] == [{"line": "/clear"}]
 
 
+def test_an_agent_that_is_slow_to_read_gets_the_command_once(start):
+    agent = start()
+    agent.order(stall=6)
+    time.sleep(0.1)
+    assert agent.deliver().status is Status.DELIVERED
+    assert agent.done() == [{"line": "/compact"}]
+
+
 @pytest.mark.parametrize("profile", [PROFILE, BY_SCREEN], ids=["state file", "screen alone"])
 def test_nothing_is_typed_into_a_dialog(start, profile):
     agent = start()
@@ -183,7 +191,7 @@ def test_a_vim_mode_that_the_screen_does_not_tell_ends_without_enter(start):
     wait_for(lambda: agent.seen().state is State.VIM)
     blind = replace(PROFILE, screen=replace(PROFILE.screen, vim=()))
     outcome = agent.deliver(profile=blind)
-    assert outcome.status is Status.DEFERRED
+    assert outcome.status is Status.FAILED
     assert [entry for entry in agent.done() if entry != {"vim": entry.get("vim")}] == []
     assert {"vim": "\r"} not in agent.done()
 

@@ -182,6 +182,17 @@ def test_a_tool_that_was_let_run_on_is_shed_although_it_grew_little_since():
 
 
 @pytest.mark.parametrize(
+    "since", [tool(grown_mib=5, agent_mib=2), replace(tool(grown_mib=0, agent_mib=2), culprit_pid=0)]
+)
+def test_a_tool_that_was_held_back_between_two_brakes_is_known_by_its_growth_before_the_first(since):
+    run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
+    assert run.then(braked(0.94, 10, growth=since)).names()[-1] == "Shed"
+    run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
+    another = replace(since, culprit_pid=78) if since.culprit_pid else tool(grown_mib=5, agent_mib=200)
+    assert "Shed" not in run.then(braked(0.94, 10, growth=another), Archived(True)).names()
+
+
+@pytest.mark.parametrize(
     "growth",
     [
         tool(agent_mib=200),
