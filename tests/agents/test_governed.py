@@ -20,8 +20,7 @@ from tests.fakes.stage import TmuxStage
 from tests.kernel.conftest import MIB, Container
 from tests.waiting import wait_for
 
-SOURCE = "bpf" if os.environ.get("GOVERNOR_VM") else "poll"
-# pytestmark = pytest.mark.skipif(not os.environ.get("GOVERNOR_VM"), reason="use scripts/agents")
+pytestmark = pytest.mark.skipif(not os.environ.get("GOVERNOR_VM"), reason="use scripts/agents")
 COMPACTS = """
 [signals]
 stalled_compact = 0.4
@@ -91,7 +90,7 @@ class Governed(Driven):
     def await_protection(self) -> None:
         def protecting():
             assert self.guard is None or self.guard.poll() is None, self.log()
-            return SOURCE in str(self.lines("protecting"))
+            return "bpf" in str(self.lines("protecting"))
 
         wait_for(protecting, 120)
 
@@ -248,7 +247,7 @@ def test_a_tool_that_bursts_dies_and_the_turn_goes_on(claude, capsys, how):
 
 
 def test_an_agent_at_its_own_limit_is_archived_ended_and_goes_on_under_its_session(claude):
-    claude.run(400)
+    claude.run(300)
     claude.turn("hello")
     session = claude.seen().session
     claude.submit("BIG 1")
@@ -285,7 +284,7 @@ def test_a_killed_governor_leaves_the_agent_alone_and_a_killed_agent_is_not_brou
 
 
 def test_without_governor_the_same_growth_ends_in_an_oom_kill(claude):
-    claude.in_a_memcg(400)
+    claude.in_a_memcg(300)
     claude.turn("hello")
     claude.submit("BIG 1")
     wait_for(claude.status, 300)
