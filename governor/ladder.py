@@ -200,8 +200,6 @@ def _braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     if state.phase is Phase.PROBATION and state.held:
         event = replace(event, growth=_together(state.held.growth, event.growth))
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
-    if state.phase is Phase.PROBATION and state.held:
-        event = replace(event, growth=_with_earlier(event.growth, state.held.growth))
     # A loan that ended before its archive did decided nothing: then the second brake is the last.
     room = _has_room(event, policy, again) and (not again or state.archived)
     forbidden = _forbidden(state, now_ns, policy)
@@ -279,21 +277,6 @@ def _shed(held: Braked, policy: Policy) -> Shed | None:
     grown_mib = growth.grown_bytes >> 20
     reason = f"{growth.culprit_comm} (process {growth.culprit_pid}) grew by {grown_mib} MiB, the agent did not"
     return Shed(growth.culprit_pid, growth.culprit_start_ticks, growth.members, reason)
-
-
-def _with_earlier(growth: Growth | None, earlier: Growth | None) -> Growth | None:
-    """What made the memcg brake before counts on: from there to the next brake is not far."""
-    if not growth or not earlier or not growth.culprit_pid:
-        return growth
-    if (growth.culprit_pid, growth.culprit_start_ticks) != (earlier.culprit_pid, earlier.culprit_start_ticks):
-        return growth
-    return replace(
-        growth,
-        grown_bytes=max(growth.grown_bytes, earlier.grown_bytes),
-        agent_grown_bytes=max(growth.agent_grown_bytes, earlier.agent_grown_bytes),
-        others_grown_bytes=max(growth.others_grown_bytes, earlier.others_grown_bytes),
-        window_ns=max(growth.window_ns, earlier.window_ns),
-    )
 
 
 def _decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy) -> Step:
