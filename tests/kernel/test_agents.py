@@ -28,7 +28,7 @@ class Desk:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             environment = {**os.environ, "XDG_STATE_HOME": str(directory / "state"), "TERM": "xterm"}
-            os.execvpe("governor", ["governor", "run", *map(str, argv)], environment)
+            os.execvpe("governor", ["governor", "run", "--source", "psi", *map(str, argv)], environment)
 
     def look(self):
         """What the terminal has shown so far."""
