@@ -247,17 +247,19 @@ def test_a_tool_that_bursts_dies_and_the_turn_goes_on(claude, capsys, how):
 
 
 def test_an_agent_at_its_own_limit_is_archived_ended_and_goes_on_under_its_session(claude):
-    claude.run(300)
+    claude.run(240)
     claude.turn("hello")
     session = claude.seen().session
     claude.submit("BIG 1")
-    wait_for(lambda: claude.lines("terminating"), 300)
+    wait_for(lambda: claude.lines("terminating"), 600)
     wait_for(lambda: len(claude.lines("agent")) >= 2, 120)
     claude.await_prompt(120)
     assert claude.seen().session == session
-    claude.turn("and on", within_s=120)
-    # The turn that was being answered is in history.jsonl: the program had no time to write it to the transcript.
-    assert all(name in claude.told(session) for name in ("hello", "It is done.", "and on"))
+    claude.turn("SLOW 0", "slow", 120)
+    # The prompt that was being answered is in history.jsonl; the program may have had no time for the transcript.
+    wait_for(
+        lambda: all(each in claude.told(session) for each in ("hello", "It is done.", "SLOW 0", "took a while")), 60
+    )
     assert not claude.lines("oom_kill", "oom_killed")
     name = claude.lines("archived")[0]["name"]
     command = ["governor", "archive", "verify", name, "--archive-dir", str(claude.directory / "archives")]
@@ -284,8 +286,8 @@ def test_a_killed_governor_leaves_the_agent_alone_and_a_killed_agent_is_not_brou
 
 
 def test_without_governor_the_same_growth_ends_in_an_oom_kill(claude):
-    claude.in_a_memcg(300)
+    claude.in_a_memcg(240)
     claude.turn("hello")
     claude.submit("BIG 1")
-    wait_for(claude.status, 300)
+    wait_for(claude.status, 600)
     assert (claude.status(), claude.container.events()["oom_kill"]) == ("137", 1)
