@@ -63,7 +63,7 @@ def start(profile: Profile, tier: Tier, pid: int, channel: str, deadline_ns: int
     """
 
     def work() -> bytes:
-        limit_cpu()
+        limit_cpu(_CPU_S)
         try:
             agent = find_agent(profile.match, pid)
             with alone_with(agent):
@@ -75,7 +75,7 @@ def start(profile: Profile, tier: Tier, pid: int, channel: str, deadline_ns: int
     return fork(work, deadline_ns, f"{tier.value} by profile {profile.name}", is_delivery=True)
 
 
-def limit_cpu(most_s: int = _CPU_S) -> None:
+def limit_cpu(most_s: int) -> None:
     """What the agent writes decides how long it takes to look: no more of a CPU than this in all. For a child."""
 
     def over(number: int, _: object) -> None:

@@ -157,10 +157,10 @@ def test_a_draft_that_was_put_aside_comes_back_when_the_command_is_given_up(star
 
 def test_a_busy_agent_queues_it_where_it_does(start):
     agent = start()
-    agent.order(busy=1.5)
+    agent.order(busy=4)
     wait_for(lambda: agent.seen().state is State.BUSY)
     assert agent.deliver().status is Status.DELIVERED
-    assert agent.done() == [{"queued": "/compact"}, {"line": "/compact"}]
+    wait_for(lambda: agent.done() == [{"queued": "/compact"}, {"line": "/compact"}])
     agent.order(busy=600)
     wait_for(lambda: agent.seen().state is State.BUSY)
     short = replace(PROFILE, confirm=replace(PROFILE.confirm, within_ns=SECOND))
