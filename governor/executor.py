@@ -266,7 +266,10 @@ class Executor:
         try:
             if cut_turn.ended(self.resume_path, profile, agent):
                 self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
-            resume.order(self.resume_path, how, why, argv)
+            compacting = resume.command(profile, agent, "compact_stopped")  # or it may fill memory as it comes back
+            within_s = self.policy.recycle.compacting_ns / SECOND
+            refused = profile.session.compact_refused
+            resume.order(self.resume_path, how, why, argv, compacting, within_s, refused)
         except OSError as error:
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 

@@ -74,10 +74,12 @@ class Run:
                 order = run_resume.take((self._options.guard or {}).get("resume_path", ""), status)
                 if order is None or self._kill_at_ns is not None:
                     return status
-                wait_ns = tries.wait_ns(time.monotonic_ns(), bool(order.compacting))
+                wait_ns = tries.wait_ns(time.monotonic_ns(), order.is_recycle)
                 if wait_ns is None:
                     say(f"{order.why}. It was resumed {tries.failures} times and did not last: not again")
                     return status
+                if not order.may_be_large and tries.failures == 1:
+                    order = order._replace(compacting=[])
                 how = "is compacted, and goes on" if order.compacting else "goes on"
                 say(f"{order.why}. Its session {how} in {wait_ns / 1e9:.1f} s: {' '.join(order.command)}")
                 if self._is_told_to_end(wait_ns) or not self._compact(order):
@@ -103,7 +105,7 @@ class Run:
         self._reap()
         if done.ended_by:
             return False
-        self._recycled = done.why_not
+        self._recycled = done.why_not if order.is_recycle else None
         if done.why_not:
             say(f"its session was not compacted, and goes on as it is: {done.why_not}")
         return True

@@ -16,11 +16,22 @@ _LASTED_NS = 300_000_000_000  # who lived so long has not failed to come back
 class Order(NamedTuple):
     """What is to be started, and why, for people; before it `compacting`, if any, for so long at most."""
 
+    how: str
     command: list[str]
     why: str
     compacting: list[str] = []  # noqa: RUF012  never changed
     within_s: float = 0
     refused: list[str] = []  # noqa: RUF012  expressions over what the compaction says
+
+    @property
+    def is_recycle(self) -> bool:
+        """Whether the agent was ended to be compacted, and not because it had to be."""
+        return self.how in ("recycled", "late")
+
+    @property
+    def may_be_large(self) -> bool:
+        """Whether the session itself may have filled memory; a kill by the kernel may have been a tool's fault."""
+        return self.how != "oom_killed"
 
 
 def take(path: str, status: int) -> Order | None:
@@ -41,7 +52,9 @@ def take(path: str, status: int) -> Order | None:
             list(map(str, said.get(key, ()))) for key in ("command", "compacting", "refused")
         )
         return (
-            Order(command, str(said["why"]), compacting, float(said.get("within_s", 0)), refused) if command else None
+            Order(said["how"], command, str(said["why"]), compacting, float(said.get("within_s", 0)), refused)
+            if command
+            else None
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -67,10 +80,10 @@ class Tries:
         """The agent is started."""
         self._began_ns = now_ns
 
-    def wait_ns(self, now_ns: int, recycled: bool = False) -> int | None:
+    def wait_ns(self, now_ns: int, is_recycle: bool = False) -> int | None:
         """The agent was ended, and is to come back: how long to wait before; None: not again.
 
-        The first of those that did not last does not wait if it was `recycled`.
+        The first of those that did not last does not wait if `is_recycle`.
         """
         if now_ns - self._began_ns >= _LASTED_NS:
             self.failures = 0
@@ -78,4 +91,4 @@ class Tries:
             return None
         wait_ns = int(_BACKOFF_NS[self.failures] * random.uniform(0.5, 1.5))  # noqa: S311  no secret
         self.failures += 1
-        return 0 if recycled and self.failures == 1 else wait_ns
+        return 0 if is_recycle and self.failures == 1 else wait_ns

@@ -31,6 +31,7 @@ prompt = '^agent> ?(?P<draft>[^\\n]*)\\Z'
 compact = "SIGUSR1"
 [session]
 globs = ["{directory}/*.jsonl"]
+compact_stopped = {compact}
 resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
 resubmit = "{resubmit}"
 """
@@ -45,9 +46,11 @@ def desk(tmp_path):
         pytest.skip(str(error))
     made = []
 
-    def start(*options, resubmit=""):
+    def start(*options, resubmit="", compacts=False):
         profile = tmp_path / "profile.toml"
+        compact = [sys.executable, str(FAKE), str(tmp_path), "--compact", "{session}"] if compacts else []
         names = {"directory": tmp_path, "python": sys.executable, "fake": FAKE, "resubmit": resubmit}
+        names["compact"] = json.dumps(compact)
         profile.write_text(PROFILE.format(**names))
         words = [*RUN, "--profile", str(profile), "--memory-max", "96MiB", "--source", "poll", *options]
         environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
@@ -89,6 +92,17 @@ def test_a_terminated_agent_goes_on_under_its_session(desk, tmp_path):
     assert not list(Path("/run/governor").glob(f"run-{agent.pid}.resume*"))
 
 
+def test_a_session_that_filled_memory_is_compacted_before_it_goes_on(desk, tmp_path):
+    agent = desk(compacts=True)
+    session = session_of(agent.output)
+    agent.type(b"grow 200\r")
+    agent.await_output(session + b" goes on", 60)
+    assert b"Its session is compacted, and goes on in " in agent.output
+    assert turns(tmp_path) == ["began", "saved on SIGTERM", "compacted", "resumed"]
+    agent.type(b"exit 0\r")
+    assert agent.wait() == 0
+
+
 def test_a_turn_that_was_cut_off_is_asked_for_again_once(desk, tmp_path):
     agent = desk(resubmit="Go on with it.")
     session = session_of(agent.output)
@@ -123,7 +137,7 @@ def test_a_turn_that_the_kernel_cut_off_is_asked_for_only_if_the_profile_says_ho
 
 def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(desk, tmp_path):
     (tmp_path / "policy.toml").write_text('extends = "dry-run"\ndry_run = false\n[brake]\nenabled = false\n')
-    agent = desk("--policy", str(tmp_path / "policy.toml"))
+    agent = desk("--policy", str(tmp_path / "policy.toml"), compacts=True)
     session = session_of(agent.output)
     agent.type(b"fill 200\r")
     agent.await_output(session + b" goes on", 60)
@@ -131,7 +145,12 @@ def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(
         rb"\ngovernor: [^\n]* was killed: the kernel's OOM killer, at the limit of its memcg", agent.output
     )
     wait_for(lambda: "after the fact" in log_of(tmp_path) or "archived 1" in log_of(tmp_path))
-    assert turns(tmp_path) == ["began", "resumed"]
+    assert turns(tmp_path) == ["began", "resumed"]  # a tool may have been at fault
+    wait_for(lambda: log_of(tmp_path).count("protecting") == 2)
+    agent.output = b""
+    agent.type(b"fill 200\r")
+    agent.await_output(session + b" goes on", 60)
+    assert turns(tmp_path) == ["began", "resumed", "compacted", "resumed"]
     agent.type(b"exit 0\r")
     assert agent.wait() == 0
 

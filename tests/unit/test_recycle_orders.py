@@ -51,13 +51,13 @@ def test_only_an_idle_agent_without_a_draft_and_with_a_session_may_be_recycled(t
 
 def test_an_order_of_a_recycle_holds_for_a_late_end_only_if_that_is_by_sigterm(tmp_path):
     path = str(tmp_path / "order")
-    wanted = run_resume.Order(["go", "on"], "full", ["compact"], 2.5, [])
+    wanted = run_resume.Order(resume.RECYCLED, ["go", "on"], "full", ["compact"], 2.5, [])
     for status in (0, 1, 137, 143):
         resume.order(path, resume.RECYCLED, "full", ("go", "on"), ("compact",), 2.5)
         assert run_resume.take(path, status) == wanted
         resume.order(path, resume.RECYCLED, "full", ("go", "on"), ("compact",), 2.5)
         resume.loosen(path)
-        assert run_resume.take(path, status) == (wanted if status == 143 else None)
+        assert run_resume.take(path, status) == (wanted._replace(how=resume.LATE) if status == 143 else None)
         assert run_resume.take(path, 143) is None
     resume.order(path, resume.TERMINATED, "full", ("go", "on"))
     resume.loosen(path)
@@ -134,7 +134,7 @@ def test_one_that_had_ended_by_itself_does_not_come_back(asked):
 def test_a_recycle_waits_only_after_one_that_did_not_last():
     tries = run_resume.Tries()
     tries.begin(0)
-    assert tries.wait_ns(10**9, recycled=True) == 0
+    assert tries.wait_ns(10**9, is_recycle=True) == 0
     assert tries.wait_ns(2 * 10**9, recycled=True) > 10**9
     assert [tries.wait_ns(3 * 10**9, recycled=True) is None for _ in range(3)] == [False, False, True]
 
