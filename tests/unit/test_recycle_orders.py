@@ -135,8 +135,8 @@ def test_a_recycle_waits_only_after_one_that_did_not_last():
     tries = run_resume.Tries()
     tries.begin(0)
     assert tries.wait_ns(10**9, is_recycle=True) == 0
-    assert tries.wait_ns(2 * 10**9, recycled=True) > 10**9
-    assert [tries.wait_ns(3 * 10**9, recycled=True) is None for _ in range(3)] == [False, False, True]
+    assert tries.wait_ns(2 * 10**9, is_recycle=True) > 10**9
+    assert [tries.wait_ns(3 * 10**9, is_recycle=True) is None for _ in range(3)] == [False, False, True]
 
 
 def test_the_peak_is_the_policys_or_the_profiles(tmp_path):
