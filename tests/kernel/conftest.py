@@ -103,6 +103,25 @@ def container():
         one.close()
 
 
+def in_a_fork(argv, environment=os.environ):
+    """For subprocess: the command line, and no new Python that imports typer: that takes seconds under emulation."""
+
+    def command_line():
+        os.environ.update(environment)
+        sys.argv, sys.stdout, sys.stderr = argv, os.fdopen(1, "w"), os.fdopen(2, "w")
+        status = 1
+        try:
+            cli.main()  # a guard becomes another program here, by exec
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
+
+    return command_line
+
+
 class Guard:
     """`governor guard`, as a user starts it."""
 
@@ -115,28 +134,13 @@ class Guard:
         command += ["--instance", INSTANCE] if loaded else []
         argv = [str(c) for c in (*command, *options)]
         environment = {**os.environ, **(environment or {})}
-
-        def command_line():
-            """As the new process does it; to start Python and import typer anew takes seconds under emulation."""
-            os.environ.update(environment)
-            sys.argv, sys.stdout, sys.stderr = argv, os.fdopen(1, "w"), os.fdopen(2, "w")
-            status = 1
-            try:
-                cli.main()  # becomes the guard by exec
-            except SystemExit as ended:
-                status = ended.code
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status or 0)
-
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 argv,
                 stdout=log,
                 stderr=log,
                 env=environment,
-                preexec_fn=command_line if forked and not wrap else None,
+                preexec_fn=in_a_fork(argv, environment) if forked and not wrap else None,
             )
 
     def log(self):

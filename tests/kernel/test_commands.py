@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INSTANCE, Guard
+from conftest import INSTANCE, Guard, in_a_fork
 
 from governor import pins, record
 from tests.waiting import wait_for
 
 
 def governor(*arguments, status=0, **options):
-    done = subprocess.run(["governor", *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+    command = ["governor", *map(str, arguments)]
+    options = options or {"preexec_fn": in_a_fork(command)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

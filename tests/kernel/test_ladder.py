@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import pytest
+from conftest import in_a_fork
 
 from tests.waiting import wait_for
 
@@ -43,7 +44,8 @@ def delivered(tmp_path):
 
 
 def governor_command(*argv):
-    return subprocess.run(["governor", *map(str, argv)], capture_output=True, text=True, timeout=60, check=False)
+    command = ["governor", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=in_a_fork(command))
 
 
 @pytest.mark.parametrize("burst", ["tool", "processes"])
@@ -102,7 +104,7 @@ def test_clear_follows_a_compact_that_did_not_help(container, guard, policy, tmp
     assert told[first - 1] == "warning" and lines[first + 1]["kind"] == "delivered"
     assert agent.poll() is None
     rules = [line["rule"] for line in governor.lines("step") if line["instructions"]]
-    assert "compact is due, or clear after compact" in rules
+    assert rules[0].startswith("compact is due")
     replayed = governor_command("replay", governor.journal_path)
     assert replayed.returncode == 0, replayed.stderr + replayed.stdout
     assert " 0 of them decided otherwise" in replayed.stderr
