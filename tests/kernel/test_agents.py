@@ -88,10 +88,10 @@ def test_a_repl_is_asked_to_compact_in_its_terminal(desk, tmp_path):
     run = desk(*options, "--", sys.executable, LINES, tmp_path / "record")
     run.shows("agent> ")
     wait_for(lambda: run.lines("protecting"), 60)
-    run.type("fill 85\r")
+    run.type("fill 88\r")
     run.shows("did /compact")
     wait_for(lambda: run.lines("settled"))
-    assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 85", "/compact"]
+    assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 88", "/compact"]
     assert "of use" in run.lines("settled")[0]["text"]
     assert not run.lines("braked", "terminating")
     run.type("\x04")
@@ -106,8 +106,8 @@ def test_a_draft_is_never_glued_to(desk, tmp_path):
     )
     run.shows("agent> ")
     wait_for(lambda: run.lines("protecting"), 60)
-    run.type("fill 85\r")
-    run.shows("did fill 85")
+    run.type("fill 88\r")
+    run.shows("did fill 88")
     run.type("half a sentence")
     deferred = wait_for(lambda: run.lines("compact_deferred"))[0]
     assert "nothing typed: a draft is in its input" in deferred["text"]

@@ -173,7 +173,7 @@ def test_a_killed_governor_remembers_what_it_has_tried(container, guard, policy,
 
 def test_without_a_brake_samples_archive_and_terminate(container, guard, policy, tmp_path):
     pod = container(128)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "10", "--total-mb", "119")
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "10", "--total-mb", "112")
     governor = guard(pod, "--policy", policy().with_name("policy.toml")).ready()
     policy().write_text(policy().read_text().replace("[brake]", "[brake]\nenabled = false"))
     governor.process.send_signal(signal.SIGHUP)
