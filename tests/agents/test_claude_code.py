@@ -6,6 +6,7 @@ Not part of scripts/check: scripts/agents installs the program and runs these.
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,22 +16,27 @@ from pathlib import Path
 import pytest
 
 from governor import cut_turn, telling, told
+from governor.actions.processes import anonymous_bytes
 from governor.delivery import deliver, open_terminal
 from governor.model import Growth, Status, Tier
 from governor.policy import SECOND
 from governor.profile_cli import attempt
 from governor.profile_state import State
+from governor.subtree import read_stat
 from tests.agents.place import PROFILE, Driven, Place
 from tests.fakes.stage import PtyStage, TmuxStage
 from tests.waiting import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Claude(Driven):
     """Claude Code in a terminal, with nobody beside it."""
 
-    def __init__(self, kind, program: str, directory: Path, settings: dict) -> None:
+    def __init__(self, kind, program: str, directory: Path, settings: dict, before: str = "") -> None:
+        """`before`: words of a shell before the program."""
         super().__init__(Place(directory, settings))
-        command = f'cd "{self.place.work}" && exec "{program}" --permission-mode default'
+        command = f'cd "{self.place.work}" && exec {before} "{program}" --permission-mode default'
         self._start = lambda *more: kind(
             directory, ["sh", "-c", f"{command} {' '.join(more)}"], self.place.environment
         )
@@ -164,6 +170,59 @@ def test_a_session_too_short_to_compact_is_told(start):
     claude = start()
     outcome = claude.deliver()
     assert (outcome.status, "refused" in outcome.reason) == (Status.FAILED, True)
+
+
+RECYCLE_SOON = """
+[compact]
+engage = 0.02
+release = 0.01
+[signals]
+stalled_compact = 0.02
+[recycle]
+engage = 0.03
+release = 0.02
+peak = "100MiB"
+freed = 0.001
+dwell = "45s"
+warning = "1s"
+settle = "15s"
+"""
+
+
+def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, tmp_path):
+    """Under `governor run`, whose policy says that it is time, and that there is room."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "claude").symlink_to(program)
+    policy = tmp_path / "policy.toml"
+    policy.write_text(RECYCLE_SOON)
+    environment = f'env XDG_STATE_HOME={tmp_path}/state PYTHONPATH={ROOT} PATH="{tmp_path}/bin:$PATH"'
+    run = f"{environment} {sys.executable} -m governor run --memory-max 3GiB --source poll --policy {policy} --"
+    claude = Claude(PtyStage, "claude", tmp_path, {}, run)
+
+    def log():
+        return "".join(file.read_text() for file in (tmp_path / "state" / "governor").glob("run-*.log"))
+
+    try:
+        claude.turn("hello")
+        claude.turn("BIG 0.3", "big", 120)
+        session, pid, held_bytes = claude.seen().session, claude.agent.pid, anonymous_bytes(claude.agent.pid)
+        wait_for(lambda: attempt(PROFILE, claude.stage.pid, claude.channel)["would_recycle"].startswith("end it"))
+        wait_for(lambda: read_stat(pid) is None, 120)
+        wait_for(lambda: "recycle freed" in log(), 120)
+        claude.await_prompt()
+        agent = claude.find()
+        print(log(), f"{held_bytes >> 20} MiB before, {anonymous_bytes(agent.pid) >> 20} MiB after")
+        assert (claude.seen().session, agent.pid != pid) == (session, True)
+        assert claude.place.answers().count("compaction") == 1
+        assert "compact_boundary" in [record.get("subtype") for record in claude.place.transcript(session)]
+        assert anonymous_bytes(agent.pid) < held_bytes
+        assert "of use" in log()
+        claude.turn("and on it goes")
+    finally:
+        os.kill(claude.stage.pid, signal.SIGTERM)
+        wait_for(lambda: read_stat(claude.stage.pid).ended)
+        claude.stage.close()
+        claude.place.close()
 
 
 # Told of a shed
