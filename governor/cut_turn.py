@@ -75,6 +75,11 @@ def start(path: str, profile: Profile, pid: int, channel: str, session: str) -> 
     return telling.start(profile, pid, channel, attempt, _WITHIN_NS, "asking for a turn again")
 
 
+def give_up(path: str) -> None:
+    """Nobody asks for the turn any more."""
+    _claim(path)
+
+
 def _claim(path: str) -> bool:
     """Take the turn; False where somebody else has."""
     try:

@@ -72,7 +72,10 @@ class Decisions:
             self._save()
         ended = self._warnings.over(before, self.state, instructions, at_ns)  # what is carried out may feed more
         for instruction in instructions:
-            self.carry_out(instruction, self.state)
+            try:
+                self.carry_out(instruction, self.state)
+            except Exception as error:  # noqa: BLE001  one that fails must not keep the others from being done
+                self._note("fault", f"{error!r}: {type(instruction).__name__} was not carried out")
         for text in ended if not self.policy.dry_run else ():
             self._note("warning_over", text)
 

@@ -26,7 +26,7 @@ from governor.journal import Note, say
 from governor.limits import Limits
 from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
-from governor.policy import SECOND, Policy, levels
+from governor.policy import SECOND, Efficacy, Policy, levels
 from governor.profile import Profile
 from governor.recycle import Recycle
 from governor.session_files import CREDENTIALS
@@ -53,6 +53,7 @@ class Executor:
     recycle: Recycle
     profile: Profile | None  # of the agent
     resume_path: str
+    program: str  # the agent's, as governor run was given it
     fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
@@ -251,26 +252,34 @@ class Executor:
         self.children.attempt(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
         self._resume(resume.TERMINATED, reason)  # while it lives: at its end it may forget its session
         sent = self.agent.ask_to_end()
+        if not sent and self.resume_path:
+            resume.withdraw(self.resume_path)
         whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
         self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled(self.look()))
 
     def _resume(self, how: str, why: str) -> None:
         """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
-        profile, agent = self.profile, self.agent.known
+        profile, agent, recycle = self.profile, self.agent.known, self.policy.recycle
         if self.recycle.awaits_end:  # and so its session goes on compacted, whatever ends it
             self.recycle.leave()
             return
-        if not (self.resume_path and profile and agent and (argv := resume.command(profile, agent))):
+        if not (
+            self.resume_path
+            and profile
+            and agent
+            and (argv := resume.command(profile, agent, "resume", self.program))
+        ):
             return
         try:
             if cut_turn.ended(self.resume_path, profile, agent):
                 self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
-            compacting = resume.command(profile, agent, "compact_stopped")  # or it may fill memory as it comes back
-            within_s = self.policy.recycle.compacting_ns / SECOND
+            is_compacted = recycle.efficacy is not Efficacy.USELESS  # or it may fill memory as it comes back
+            compacting = resume.command(profile, agent, "compact_stopped", self.program) if is_compacted else ()
+            within_s = recycle.compacting_ns / SECOND
             refused = profile.session.compact_refused
             resume.order(self.resume_path, how, why, argv, compacting, within_s, refused)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 
     def _within_reach(self) -> list[processes.Process]:

@@ -29,6 +29,7 @@ class Guard:
     profile: str = ""  # a profile's name or a file's path; "": none
     only_pid: bool = False  # agent_pid is the only agent there will be: whoever else is in the memcg is none
     resume_path: str = ""  # where governor run looks for what to start after the agent's end; "": nothing is resumed
+    program: str = ""  # the agent's, as governor run was given it
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
     recycled: str | None = None  # the agent came back by a recycle: "" compacted, else why not
     ready_fd: int = -1  # who waits for protection to begin, as background.ready() tells it; -1: nobody

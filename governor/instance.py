@@ -25,7 +25,8 @@ class Busy(Exception):
 
 def run_directory() -> Path:
     """The directory of run-time files, made if absent; raises OSError."""
-    base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", f"/tmp/governor-{os.geteuid()}")  # noqa: S108
+    base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    base = base if base.startswith("/") else f"/tmp/governor-{os.geteuid()}"  # noqa: S108
     path = Path(base) / "governor"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for each, owners in ((path.parent, (0, os.geteuid())), (path, (os.geteuid(),))):
@@ -79,6 +80,7 @@ def take_unused(path: Path) -> int:
     except Busy:
         os.close(fd)
         raise
+    os.ftruncate(fd, 0)  # who looks meanwhile must not take the pid of one that is gone for a holder
     return fd
 
 

@@ -103,6 +103,7 @@ class Loop:
             agent_bytes=lambda: sum(self._attribution.agent_held_bytes()),
             profile=self._profile,
             channel=guard.channel,
+            program=guard.program,
             resume_path=guard.resume_path,
         )
         archives = Path(guard.archive_directory)
@@ -121,6 +122,7 @@ class Loop:
             feed=self._decisions.feed,
             remembered=lambda: self._attribution.descendants(),
             profile=self._profile,
+            program=guard.program,
             resume_path=guard.resume_path,
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )

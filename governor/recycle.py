@@ -23,7 +23,7 @@ from governor.model import Status
 from governor.policy import SECOND, Policy
 from governor.profile import Profile
 from governor.profile_agent import Agent, find_agent
-from governor.profile_state import Seen, State, look, shown
+from governor.profile_state import Seen, State, look, read_state_file, shown
 from governor.session_files import find, parse_pattern
 
 _REASON_LIMIT = 400
@@ -64,6 +64,7 @@ class Recycle:
     agent_bytes: Callable[[], int]  # what the agent and what descends from it hold
     profile: Profile | None
     channel: str  # as delivery.open_terminal has it
+    program: str  # the agent's, as governor run was given it
     resume_path: str  # where governor run looks for what to start after the agent's end; "": nobody does
     _until_ns: int | None = None  # of the grace, while an agent is awaited that was asked to end
 
@@ -88,13 +89,20 @@ class Recycle:
     def restart(self, reason: str, policy: Policy) -> None:
         """Order what follows, then SIGTERM."""
         profile, agent = self.profile, self.agent.known
-        compacting = resume.command(profile, agent, "compact_stopped") if profile and agent else ()
-        argv = resume.command(profile, agent, "resume") if profile and agent else ()
+        if not profile or not agent:
+            self.answered(Status.FAILED, "the agent is gone")
+            return
+        state = read_state_file(profile.state_file, agent).state
+        if state in (State.BUSY, State.WAITING):  # since it was looked at
+            self.answered(Status.DEFERRED, f"it is {state.value} now")
+            return
+        compacting = resume.command(profile, agent, "compact_stopped", self.program)
+        argv = resume.command(profile, agent, "resume", self.program)
         if not argv or not compacting:
-            self.answered(Status.FAILED, "its session is not known any more")
+            self.answered(Status.FAILED, "its session is not known any more, or its program is not in PATH")
             return
         within_s = policy.recycle.compacting_ns / SECOND
-        refused = profile.session.compact_refused if profile else ()
+        refused = profile.session.compact_refused
         try:
             resume.order(self.resume_path, resume.RECYCLED, reason, argv, compacting, within_s, refused)
         except OSError as error:

@@ -7,6 +7,7 @@ knows no way to resume, or no session id could be read, there is no order, and n
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -22,16 +23,22 @@ LATE = "late"  # RECYCLED, and the agent did not end in time: counts only if it 
 _LIMIT_BYTES = 64 << 10
 
 
-def command(profile: Profile, agent: Agent, what: Literal["resume", "compact_stopped"] = "resume") -> tuple[str, ...]:
+def command(
+    profile: Profile, agent: Agent, what: Literal["resume", "compact_stopped"] = "resume", program: str = ""
+) -> tuple[str, ...]:
     """The argv that goes on with the agent's session, or compacts it once the agent has ended.
 
-    The session is as its state file names it; where that is not known there is none: ().
+    The session is as its state file names it; where that is not known there is none: (). So where the program is not
+    to be found; `program` is what `governor run` was given, and stands for one of the same name.
     """
     wanted = profile.session.resume if what == "resume" else profile.session.compact_stopped
     session = (
         read_state_file(profile.state_file, agent).session if any("{session}" in word for word in wanted) else "-"
     )
-    return tuple(word.replace("{session}", session) for word in wanted) if session else ()
+    argv = tuple(word.replace("{session}", session) for word in wanted) if session else ()
+    if argv and os.path.basename(argv[0]) == os.path.basename(program):  # noqa: PTH119  no paths of ours
+        argv = (program, *argv[1:])
+    return argv if argv and shutil.which(argv[0]) else ()
 
 
 def order(

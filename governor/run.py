@@ -59,6 +59,7 @@ class Run:
         self._status: int | None = None  # the agent's, as a shell tells it
         self._kill_at_ns: int | None = None
         self._killed = False
+        self._is_over = False  # somebody said so while nothing could be told: nothing comes back
         self._recycled: str | None = None  # the agent was recycled: "" compacted, else why not
         self._control: ControlSocket | None = None
         self._notices = Notices()
@@ -67,12 +68,14 @@ class Run:
         """Until the agent has ended for good and what it wrote is passed on; the status to exit with."""
         self._catch_signals()
         command, tries = self._options.command, run_resume.Tries()
+        resume_path = (self._options.guard or {}).get("resume_path", "")
+        run_resume.forget(resume_path)  # of an earlier process with our pid
         try:
             while True:
                 tries.begin(time.monotonic_ns())
                 status = self._run(command)
-                order = run_resume.take((self._options.guard or {}).get("resume_path", ""), status)
-                if order is None or self._kill_at_ns is not None:
+                order = run_resume.take(resume_path, status)
+                if order is None or self._kill_at_ns is not None or self._is_over:
                     return status
                 wait_ns = tries.wait_ns(time.monotonic_ns(), order.is_recycle)
                 if wait_ns is None:
@@ -116,7 +119,7 @@ class Run:
         self._status, self._killed = None, False
         self._agent, self._streams = run_start.start(command, self._terminal, options.memcg, tuple(options.without))
         try:
-            guard = options.guard and options.guard | {"recycled": self._recycled}
+            guard = options.guard and options.guard | {"recycled": self._recycled, "program": options.command[0]}
             self._guard = GuardProcess(guard, self._agent.pid, self._log)
             self._listen()
             while self._goes_on():
@@ -304,6 +307,8 @@ class Run:
             agent.send(number)
             if number == signal.SIGTERM:
                 self._asked_to_end()
+            if number == signal.SIGHUP:  # its terminal is gone: there is nobody to go on for
+                self._is_over = True
 
     def _asked_to_end(self) -> None:
         if self._kill_at_ns is None:
@@ -403,6 +408,7 @@ class Run:
                 self._control.on_ready(fd)
         ends = bool(self._read_signals() & _ENDING)
         if ends:
+            self._is_over = True
             self._guard.stop()
         self._reap()
         if self._log:

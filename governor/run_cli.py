@@ -157,12 +157,12 @@ def _log_path(pid: int) -> str:
     """A new log, "" where there can be none; all but the newest of those that ended are removed."""
     try:
         directory = instance.state_directory()
-    except OSError:  # then nothing is guarded either, and that is said
+        logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
+        for path in logs[:-_LOGS]:
+            if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
+                path.unlink(missing_ok=True)
+    except OSError:  # no directory: then nothing is guarded either, and that is said; or somebody else tidies up
         return ""
-    logs = sorted(directory.glob("run-*.log*"), key=lambda path: path.lstat().st_mtime)
-    for path in logs[:-_LOGS]:
-        if not Path("/proc", path.name.split(".")[0].removeprefix("run-")).exists():
-            path.unlink(missing_ok=True)
     return str(directory / f"run-{pid}.log")
 
 

@@ -35,7 +35,7 @@ def compact(order: Order, memcg: str, without: tuple[str, ...], wake_fd: int, en
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     try:
         agent = run_agent.start(order.compacting, (null, write_fd, write_fd), memcg=memcg, without=without)
-    except CannotStart as error:
+    except (CannotStart, OSError) as error:  # no process, or no memory for one
         os.close(read_fd)
         return Compacted(str(error))
     finally:

@@ -169,7 +169,10 @@ class Log:
     def close(self) -> None:
         """Remove it if nothing was said."""
         self.drain()
-        if os.fstat(self._fd).st_size == 0:
-            os.unlink(self.path)  # noqa: PTH108
+        try:
+            if os.fstat(self._fd).st_size == 0:
+                os.unlink(self.path)  # noqa: PTH108
+        except OSError:  # somebody else has, where a home is shared
+            pass
         for fd in (self._fd, self.read_fd, self.write_fd):
             os.close(fd)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from typing import NamedTuple
 
 _LIMIT_BYTES = 64 << 10
 _STATUSES = {"oom_killed": 128 + 9, "late": 128 + 15}
+_FRESH_S = 600  # from the order to the end: more than a grace and the last archive take
 _BACKOFF_NS = (1_000_000_000, 4_000_000_000, 16_000_000_000, 60_000_000_000)  # each half as long to half again
 _LASTED_NS = 300_000_000_000  # who lived so long has not failed to come back
 
@@ -37,16 +39,18 @@ class Order(NamedTuple):
 def take(path: str, status: int) -> Order | None:
     """The order that the guard has left, if it is about this end; it is gone then.
 
-    `status` is the agent's: one that the kernel's OOM killer did not end by SIGKILL has ended for another reason, as
-    has one that should end for a recycle, was late, and did not end by SIGTERM.
+    One of long ago was about somebody else's end. `status` is the agent's: one that the kernel's OOM killer did not
+    end by SIGKILL has ended for another reason, as has one that should end for a recycle, was late, and did not end
+    by SIGTERM.
     """
     if not path:
         return None
     try:
         with open(path, "rb") as file:  # noqa: PTH123  no pathlib here
+            age_s = time.time() - os.fstat(file.fileno()).st_mtime
             said = json.loads(file.read(_LIMIT_BYTES))
         os.unlink(path)  # noqa: PTH108
-        if _STATUSES.get(said["how"], status) != status:
+        if _STATUSES.get(said["how"], status) != status or abs(age_s) > _FRESH_S:
             return None
         command, compacting, refused = (
             list(map(str, said.get(key, ()))) for key in ("command", "compacting", "refused")
@@ -83,12 +87,14 @@ class Tries:
     def wait_ns(self, now_ns: int, is_recycle: bool = False) -> int | None:
         """The agent was ended, and is to come back: how long to wait before; None: not again.
 
-        The first of those that did not last does not wait if `is_recycle`.
+        One that is recycled has not failed: that it does not happen again and again is the ladder's business.
         """
+        if is_recycle:
+            return 0
         if now_ns - self._began_ns >= _LASTED_NS:
             self.failures = 0
         if self.failures == len(_BACKOFF_NS):
             return None
         wait_ns = int(_BACKOFF_NS[self.failures] * random.uniform(0.5, 1.5))  # noqa: S311  no secret
         self.failures += 1
-        return 0 if is_recycle and self.failures == 1 else wait_ns
+        return wait_ns

@@ -205,11 +205,14 @@ class Flow:
 
         It ends with the last who can write, or when nobody reads any more. Ours are closed.
         """
-        if self.source >= 0 and self.sink and os.fork() == 0:
-            try:
-                self._stay_behind(self.sink)
-            finally:
-                os._exit(0)
+        try:
+            if self.source >= 0 and self.sink and os.fork() == 0:
+                try:
+                    self._stay_behind(self.sink)
+                finally:
+                    os._exit(0)
+        except OSError as error:  # no process, or no memory for one
+            say(f"what is written after the agent's end is lost: {error.strerror}")
         self.close()
 
     def _stay_behind(self, sink: Sink) -> None:

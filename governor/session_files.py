@@ -78,8 +78,10 @@ def home_of(pid: int) -> str:
     try:
         uid = Path(f"/proc/{pid}").stat().st_uid
         named = environment_of(pid, "HOME")
-        if named.startswith("/") and (Path(named).stat().st_uid == uid or _is_as_we_are(pid, uid)):
-            return named
+        home = os.path.realpath(named)  # once: what was looked at is what will be read
+        is_a_place = named.startswith("/") and not home.startswith("/proc/")
+        if is_a_place and (Path(home).stat().st_uid == uid or _is_as_we_are(pid, uid)):
+            return home
     except (OSError, ValueError):  # it has ended, or there is no such directory
         pass
     try:

@@ -120,12 +120,21 @@ def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
     """
     found = _read(set(memcg_pids(memcg_path)))
     first = found.get(1)
-    if first and in_container() and first.comm.split(" ")[0] not in WRAPPERS:
+    if first and in_container() and not is_wrapper(first.pid, first.comm):
         return first
     untouchable = _untouchable(found, governor_pid)
     running = [stat for stat in found.values() if not stat.ended and stat.comm != "governor-run"]
     others = [stat for stat in running if stat.pid not in untouchable]
     return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
+
+
+def is_wrapper(pid: int, comm: str) -> bool:
+    """Whether a process merely starts another: by its name, or by the program that runs its script."""
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))  # noqa: PTH115, PTH119  no pathlib here
+    except OSError:
+        program = ""
+    return not WRAPPERS.isdisjoint((comm.split(" ")[0], program))
 
 
 def in_container() -> bool:

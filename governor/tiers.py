@@ -160,7 +160,7 @@ def unfit(
     `seen_peak_bytes`: the most that the agent of the last recycle held, 0 if there was none. `agent_bytes`: what
     comes free; all else is taken to stay.
     """
-    peak_bytes = seen_peak_bytes or recycle.peak_bytes
+    peak_bytes = max(seen_peak_bytes, recycle.peak_bytes)  # seen is only its first half minute
     if not peak_bytes or not agent_bytes:
         of_whom = "the agent that comes back would take" if not peak_bytes else "the agent holds"
         return f"it is not known what {of_whom}"

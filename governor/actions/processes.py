@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from governor.subtree import WRAPPERS, Stat, ancestors, memcg_pids, read_stat
+from governor.subtree import Stat, ancestors, is_wrapper, memcg_pids, read_stat
 
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 _KILL_ROUNDS = 8
@@ -85,7 +85,7 @@ def leader(path: str) -> Process | None:
     pids = {process.pid for process in found}
     tops = [process for process in found if process.parent_pid not in pids]
     top = min(tops, key=lambda process: (process.start_ticks, process.pid), default=None)
-    while top and top.comm.split(" ")[0] in WRAPPERS:
+    while top and is_wrapper(top.pid, top.comm):
         inner = [process for process in found if process.parent_pid == top.pid]
         if len(inner) != 1:
             break

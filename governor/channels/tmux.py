@@ -143,6 +143,13 @@ class TmuxTerminal:
             raise ChannelError(f"{printable(self._socket)} is no socket")
         if status.st_uid != self._agent_uid:
             raise ChannelError(f"{printable(self._socket)} belongs to another user ({status.st_uid})")
+        if os.geteuid() == 0 and self._agent_uid == 0:  # then our client is root's: nobody may lead it elsewhere
+            self._socket = os.path.realpath(self._socket)
+            for above in Path(self._socket).parents:
+                found = above.lstat()
+                others_write = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+                if found.st_uid != 0 or others_write:
+                    raise ChannelError(f"others than root may change {printable(str(above))}: not asked as root")
 
 
 def _bounded(client: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

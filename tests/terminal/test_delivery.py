@@ -159,7 +159,8 @@ def test_a_busy_agent_queues_it_where_it_does(start):
     agent = start()
     agent.order(busy=4)
     wait_for(lambda: agent.seen().state is State.BUSY)
-    assert agent.deliver().status is Status.DELIVERED
+    patient = replace(PROFILE, confirm=replace(PROFILE.confirm, within_ns=20 * SECOND))
+    assert agent.deliver(profile=patient).status is Status.DELIVERED
     wait_for(lambda: agent.done() == [{"queued": "/compact"}, {"line": "/compact"}])
     agent.order(busy=600)
     wait_for(lambda: agent.seen().state is State.BUSY)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -187,3 +188,69 @@ def test_an_order_that_is_none_starts_nothing(tmp_path, said):
     assert run_resume.take(str(tmp_path / "order"), 143) is None
     assert run_resume.take(str(tmp_path / "none"), 143) is None
     assert run_resume.take("", 143) is None
+
+
+WITH_A_SLOW_GUARD = """
+import json, os, signal, sys, time
+from governor import run
+
+path, name, after_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+
+class Guard:
+    '''Orders that the agent comes back, once, and ends a second after it.'''
+
+    orders = 1
+
+    def __init__(self, *_):
+        self.pid, self.trouble, self.was_started = 0, "", False
+
+    def due_ns(self):
+        return None
+
+    def keep(self, now_ns):
+        if self.was_started:
+            return
+        self.was_started = True
+        if Guard.orders:
+            Guard.orders -= 1
+            with open(path, "w") as order:
+                json.dump({"how": "terminated", "command": ["sh", "-c", "echo it came back"], "why": "full"}, order)
+        self.pid = os.fork()
+        if not self.pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(2)
+            os._exit(0)
+
+    def ended(self, *_):
+        self.pid = 0
+
+    def stop(self):
+        pass
+
+    def say(self, text):
+        print(text)
+
+
+run.GuardProcess = Guard
+if name and os.fork() == 0:
+    time.sleep(after_s)
+    os.kill(os.getppid(), getattr(signal, name))
+    os._exit(0)
+agent = ["sh", "-c", "trap '' HUP; sleep 1; exit 143"]
+one = run.Run(run.Options(agent, guard={"resume_path": path}))
+one._let_go = lambda: None  # only a terminal's is let go of
+sys.exit(one.run())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "after_s", "comes_back"),
+    [("", 0, True), ("SIGHUP", 0.5, False), ("SIGTERM", 1.5, False), ("SIGINT", 1.5, False)],
+)
+def test_who_is_told_to_end_while_the_guard_finishes_brings_nothing_back(tmp_path, name, after_s, comes_back):
+    command = [sys.executable, "-c", WITH_A_SLOW_GUARD, str(tmp_path / "order"), name, str(after_s)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert ("Its session goes on" in done.stderr) == comes_back, done.stderr
+    assert done.returncode == (0 if comes_back else 143), done.stderr

@@ -71,12 +71,16 @@ def test_links_fifos_and_directories_lead_nowhere(tmp_path, home):
     archive.verify(where, manifest.name)
 
 
-@pytest.mark.parametrize("named", ["own", "others", "none"])
+@pytest.mark.parametrize("named", ["own", "others", "roundabout", "linked", "none", "proc"])
 def test_home_is_what_the_agent_was_started_with(tmp_path, named):
-    homes = {"own": str(tmp_path), "others": "/usr", "none": str(tmp_path / "none")}
+    (tmp_path / "link").symlink_to("/usr")
+    homes = {"own": str(tmp_path), "others": "/usr", "roundabout": "/usr/../usr", "linked": str(tmp_path / "link")}
+    homes |= {"none": str(tmp_path / "none"), "proc": "/proc/self"}
     agent = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={"HOME": homes[named]})
     usual = pwd.getpwuid(os.getuid()).pw_dir
-    assert home_of(agent.pid) == (usual if named == "none" else homes[named])  # it could read others' just as well
+    expected = {"own": str(tmp_path), "none": usual, "proc": usual}.get(named, "/usr")
+    assert home_of(agent.pid) == expected  # it could read others' just as well
+    parse_pattern("~/*.jsonl", home_of(agent.pid))
     agent.communicate()
     assert home_of(agent.pid) == "/"
 

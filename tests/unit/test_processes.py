@@ -14,6 +14,7 @@ import pytest
 
 from governor import children, instance, journal, pins
 from governor.actions import processes
+from governor.subtree import is_wrapper, read_stat
 
 ROOT = Path(__file__).parent.parent.parent
 SECOND = 1_000_000_000
@@ -85,6 +86,17 @@ def test_children_leak_no_descriptors():
     for _ in range(20):
         finish(children.fork(lambda: b"", 0, "test"))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_who_runs_a_script_of_a_shell_only_wraps(tmp_path):
+    script = tmp_path / "entrypoint.sh"
+    script.write_text("#!/bin/sh\ncat\nexit 0\n")
+    script.chmod(0o755)
+    for argv, wraps in ((["sh", "-c", "cat; exit"], True), ([str(script)], True), (["cat"], False)):
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+            stat = read_stat(process.pid)
+            assert is_wrapper(process.pid, stat.comm) == wraps, (argv, stat.comm)
+            process.communicate()
 
 
 def test_one_holder_of_a_lock(tmp_path, monkeypatch):

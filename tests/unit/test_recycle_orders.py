@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from governor.attribution import Attribution
 from governor.guard import Guard, read_policy
 from governor.model import Status
 from governor.policy import SECOND, Policy
-from governor.profile import Confirm, Profile, Screen, Session
+from governor.profile import Confirm, Profile, Screen, Session, StateFile
 from governor.profile_agent import Agent
 from governor.profile_state import Seen, State
 
@@ -88,7 +90,7 @@ def asked(tmp_path):
         return json.loads(path.read_bytes())["how"] if path.exists() else None
 
     def make(is_there=True):
-        session = Session(compact_stopped=("compact",), resume=("go", "on"))
+        session = Session(compact_stopped=("true",), resume=("sleep", "on"))
         made = recycle.Recycle(
             agent=AskedAgent(is_there),
             children=None,
@@ -99,6 +101,7 @@ def asked(tmp_path):
             agent_bytes=None,
             profile=Profile(session=session),
             channel="",
+            program="",
             resume_path=str(tmp_path / "order"),
         )
         made.restart("full", Policy())
@@ -131,12 +134,43 @@ def test_one_that_had_ended_by_itself_does_not_come_back(asked):
     assert (made.awaits_end, answers, order()) == (False, [Status.FAILED], None)
 
 
-def test_a_recycle_waits_only_after_one_that_did_not_last():
+def test_one_that_has_begun_to_work_is_left_alone(asked, tmp_path):
+    made, answers, order = asked()
+    (tmp_path / "state").write_text('{"status": "busy"}')
+    made.profile = replace(
+        made.profile, state_file=StateFile(str(tmp_path / "state"), status="status", busy=("busy",))
+    )
+    made.restart("full", Policy())
+    assert (answers, order()) == ([Status.DEFERRED], resume.RECYCLED)  # the order of the first
+
+
+def test_a_recycle_is_no_failure():
     tries = run_resume.Tries()
     tries.begin(0)
-    assert tries.wait_ns(10**9, is_recycle=True) == 0
-    assert tries.wait_ns(2 * 10**9, is_recycle=True) > 10**9
-    assert [tries.wait_ns(3 * 10**9, is_recycle=True) is None for _ in range(3)] == [False, False, True]
+    assert [tries.wait_ns(10**9) is None for _ in range(4)] == [False] * 4
+    assert [tries.wait_ns(10**9, is_recycle=True) for _ in range(9)] == [0] * 9
+    assert tries.wait_ns(10**9) is None
+
+
+def test_an_order_of_long_ago_is_about_another_end(tmp_path):
+    path = str(tmp_path / "order")
+    for age_s, counts in ((1, True), (3600, False), (-3600, False)):
+        resume.order(path, resume.TERMINATED, "full", ("go", "on"))
+        at_s = time.time() - age_s
+        os.utime(path, (at_s, at_s))
+        assert (run_resume.take(path, 143) is not None) == counts
+        assert not Path(path).exists()
+
+
+def test_a_session_goes_on_with_the_program_that_was_started(tmp_path):
+    program = tmp_path / "claude"
+    program.write_text("")
+    agent = Agent(os.getpid(), 0, os.getpid(), os.getuid(), str(tmp_path), "agent")
+    profile = Profile(session=Session(resume=("claude", "--continue"), compact_stopped=("no-such-program",)))
+    assert resume.command(profile, agent, "resume", str(program)) == ()  # nobody may run that
+    program.chmod(0o755)
+    assert resume.command(profile, agent, "resume", str(program)) == (str(program), "--continue")
+    assert resume.command(profile, agent, "compact_stopped", str(program)) == ()
 
 
 def test_the_peak_is_the_policys_or_the_profiles(tmp_path):

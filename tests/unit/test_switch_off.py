@@ -124,6 +124,7 @@ def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(run_directory):
     """Who looks whether it is held has it for a moment; who starts then must not take that for a guard."""
     (run_directory / "memcg-7.lock").write_text("999999999\n")
     looking = instance.take_unused(run_directory / "memcg-7.lock")
+    assert (run_directory / "memcg-7.lock").read_bytes() == b""  # nobody takes that pid for a guard
     script = "from governor import instance; import os, pathlib, sys; "
     script += "instance.run_directory = lambda: pathlib.Path(sys.argv[1]); "
     script += "print(instance.lock('memcg-7'), flush=True); sys.stdin.read()"
