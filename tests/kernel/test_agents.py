@@ -90,12 +90,12 @@ def test_a_repl_is_asked_to_compact_in_its_terminal(desk, tmp_path):
     wait_for(lambda: run.lines("protecting"), 60)
     run.type("fill 88\r")
     run.shows("did /compact")
-    wait_for(lambda: run.lines("settled"))
+    wait_for(lambda: run.lines("settled"), 60)
     assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 88", "/compact"]
     assert "of use" in run.lines("settled")[0]["text"]
     assert not run.lines("braked", "terminating")
     run.type("\x04")
-    wait_for(run.ended)
+    wait_for(run.ended, 60)
     assert run.status == 1  # of the program, which was not prepared for the end of its input
     assert not list(Path("/sys/fs/cgroup").glob("governor-run-*"))
 
@@ -109,7 +109,7 @@ def test_a_draft_is_never_glued_to(desk, tmp_path):
     run.type("fill 88\r")
     run.shows("did fill 88")
     run.type("half a sentence")
-    deferred = wait_for(lambda: run.lines("compact_deferred"))[0]
+    deferred = wait_for(lambda: run.lines("compact_deferred"), 60)[0]
     assert "nothing typed: a draft is in its input" in deferred["text"]
     run.type(" that ends\r")
     run.shows("did /compact")
@@ -137,7 +137,7 @@ def test_a_tool_that_bursts_is_shed_and_the_agent_is_told(desk, tmp_path):
     wait_for(lambda: run.lines("agent") and run.lines("protecting"), 60)
     begin.touch()
     run.shows("tool ended with -9")
-    told = wait_for(lambda: run.lines("told"))[0]
+    told = wait_for(lambda: run.lines("told"), 60)[0]
     assert "Try again with less at a time" in told["text"]
     cgroup_id = os.stat(told["target"]).st_ino
     assert told["text"][:40] in Path(f"/run/governor/memcg-{cgroup_id}.told").read_text()
@@ -175,15 +175,15 @@ def test_an_idle_agent_is_recycled_in_its_memcg(desk, tmp_path):
     options = ["--profile", profile, "--policy", policy, "--memory-max", "100MiB"]
     terminal = desk(*options, "--", sys.executable, agent, tmp_path)
     terminal.shows("agent> ")
-    wait_for(lambda: terminal.lines("protecting"))
+    wait_for(lambda: terminal.lines("protecting"), 60)
     terminal.type("grow 70\r")
     terminal.shows("goes on in 0.0 s")
-    wait_for(lambda: terminal.look() and terminal.lines("settled"))
+    wait_for(lambda: terminal.look() and terminal.lines("settled"), 120)
     [transcript] = tmp_path.glob("session-*.jsonl")
     turns = [json.loads(line)["text"] for line in transcript.read_text().splitlines()]
     assert turns == ["began", "saved on SIGTERM", "compacted", "resumed"]
     assert "of use" in terminal.lines("settled")[0]["text"]
     assert not terminal.lines("killed", "terminating")
     terminal.type("exit 0\r")
-    wait_for(lambda: terminal.look() is not None and terminal.ended())
+    wait_for(lambda: terminal.look() is not None and terminal.ended(), 60)
     assert terminal.status == 0
