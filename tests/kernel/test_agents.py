@@ -62,7 +62,7 @@ class Desk:
     def close(self):
         if self.status is None:
             os.kill(self.pid, signal.SIGTERM)
-            wait_for(self.ended)
+            wait_for(self.ended, 60)
         os.close(self.master)
 
 
