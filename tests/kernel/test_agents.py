@@ -176,7 +176,7 @@ def test_an_idle_agent_is_recycled_in_its_memcg(desk, tmp_path):
     terminal = desk(*options, "--", sys.executable, agent, tmp_path)
     terminal.shows("agent> ")
     wait_for(lambda: terminal.lines("protecting"), 60)
-    terminal.type("grow 70\r")
+    terminal.type("grow 76\r")
     terminal.shows("goes on in 0.0 s")
     wait_for(lambda: terminal.look() and terminal.lines("settled"), 120)
     [transcript] = tmp_path.glob("session-*.jsonl")
