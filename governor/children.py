@@ -107,6 +107,10 @@ class Ended:
         return f"status {self.status}: {self.output.decode(errors='replace').strip()[-300:]}"
 
 
+# Looks after a child that the first makes, and tells the second of its end: Children.attempt.
+Attempt = Callable[[Callable[[], Child], Callable[[Ended], None]], None]
+
+
 class Children:
     """The running children of a loop, on the loop's poller."""
 

@@ -65,7 +65,7 @@ def start(path: str, profile: Profile, pid: int, channel: str, session: str) -> 
             wrong = "it is at work already"
         if not wrong and (seen.state is not State.IDLE or not seen.session):
             return Outcome(Status.DEFERRED, f"nothing typed: it is {seen.state.value}: {seen.why}")
-        if not claimed and not _claim(path):
+        if not claimed and not claim(path):
             wrong = wrong or "it was asked for before"
         if wrong:
             return Outcome(Status.FAILED, wrong)
@@ -75,13 +75,8 @@ def start(path: str, profile: Profile, pid: int, channel: str, session: str) -> 
     return telling.start(profile, pid, channel, attempt, _WITHIN_NS, "asking for a turn again")
 
 
-def give_up(path: str) -> None:
-    """Nobody asks for the turn any more."""
-    _claim(path)
-
-
-def _claim(path: str) -> bool:
-    """Take the turn; False where somebody else has."""
+def claim(path: str) -> bool:
+    """Take the turn, so that nobody else asks for it; False where somebody else has."""
     try:
         os.unlink(f"{path}.turn")  # noqa: PTH108
     except OSError:

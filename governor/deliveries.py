@@ -112,7 +112,7 @@ class Deliveries:
             return
 
         def ended(ended: Ended) -> None:
-            cut_turn.give_up(resume_path)  # it is not for a later agent, or a later hour
+            cut_turn.claim(resume_path)  # it is not for a later agent, or a later hour
             kind = "turn_resubmitted" if ended.ok else "turn_not_resubmitted"
             why = printable(ended.output.decode(errors="replace")) if ended.ok else ended.why
             self.note(kind, f"the turn that was cut off: {why}")

@@ -260,7 +260,7 @@ class Executor:
 
     def _resume(self, how: str, why: str) -> None:
         """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
-        profile, agent, recycle = self.profile, self.agent.known, self.policy.recycle
+        profile, agent, wanted = self.profile, self.agent.known, self.policy.recycle
         if self.recycle.awaits_end:  # and so its session goes on compacted, whatever ends it
             self.recycle.leave()
             return
@@ -274,9 +274,9 @@ class Executor:
         try:
             if cut_turn.ended(self.resume_path, profile, agent):
                 self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
-            is_compacted = recycle.efficacy is not Efficacy.USELESS  # or it may fill memory as it comes back
+            is_compacted = wanted.efficacy is not Efficacy.USELESS  # or it may fill memory as it comes back
             compacting = resume.command(profile, agent, "compact_stopped", self.program) if is_compacted else ()
-            within_s = recycle.compacting_ns / SECOND
+            within_s = wanted.compacting_ns / SECOND
             refused = profile.session.compact_refused
             resume.order(self.resume_path, how, why, argv, compacting, within_s, refused)
         except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from governor import instance
 from governor.channels.terminal import ChannelError
-from governor.children import Child, Ended, fork
+from governor.children import Attempt, Ended, fork
 from governor.journal import printable
 from governor.policy import SECOND
 from governor.profile_agent import is_in_our_namespaces
@@ -101,11 +101,7 @@ def _shares_our_standard_error(control: Path) -> bool:
 class Person:
     """Whoever sits before one agent."""
 
-    def __init__(
-        self,
-        start: Callable[[Callable[[], Child], Callable[[Ended], None]], None],
-        note: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, start: Attempt, note: Callable[[str, str], None]) -> None:
         """`start` looks after a child; `note` writes a kind and a text into the journal."""
         self._start, self._note = start, note
         self._places = Places()

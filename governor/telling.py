@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from governor import told
 from governor.channels.terminal import ChannelError, Terminal
-from governor.children import Child, Deferred, Ended, fork
+from governor.children import Attempt, Child, Deferred, Ended, fork
 from governor.delivery import Outcome, alone_with, as_output, limit_cpu, open_terminal, type_line
 from governor.model import Status
 from governor.policy import MINUTE, SECOND
@@ -72,11 +72,7 @@ def say(profile: Profile, text: str) -> Try:
 class Telling:
     """What one agent is told, and when it was last told something."""
 
-    def __init__(
-        self,
-        start: Callable[[Callable[[], Child], Callable[[Ended], None]], None],
-        note: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, start: Attempt, note: Callable[[str, str], None]) -> None:
         """`start` looks after a child; `note` writes a kind and a text for people and the journal."""
         self._start, self._note = start, note
         self._told_ns: int | None = None

@@ -35,7 +35,7 @@ def test_a_busy_agents_turn_is_pending_for_the_next_process_and_taken_once(place
     assert cut_turn.ended(path, PROFILE, first)
     assert cut_turn.pending(path, first) == ""  # the very agent, should its guard be started again
     assert cut_turn.pending(path, agent(2, "idle")) == "abc"
-    assert [cut_turn._claim(path), cut_turn._claim(path)] == [True, False]
+    assert [cut_turn.claim(path), cut_turn.claim(path)] == [True, False]
     assert cut_turn.pending(path, agent(2, "idle")) == ""
 
 
