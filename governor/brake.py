@@ -20,7 +20,6 @@ from governor.cgroup import UNLIMITED, Memcg, is_inside, memcg_of, parse_limit
 from governor.record import PAGE_BYTES
 
 SLOT_BYTES = 16384
-SLOT = 0  # of the one memcg that a governor guards
 SQUEEZE_S = 0.05
 _MAGIC = b"GOVKNOB1"
 # What holds the agent

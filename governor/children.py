@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from governor.poller import Poller
+
 _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
 _DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
@@ -114,15 +116,15 @@ Attempt = Callable[[Callable[[], Child], Callable[[Ended], None]], None]
 class Children:
     """The running children of a loop, on the loop's poller."""
 
-    def __init__(self, poller: select.poll) -> None:
+    def __init__(self, poller: Poller) -> None:
         self._poller = poller
         self._running: dict[int, tuple[Child, Callable[[Ended], None]]] = {}  # by both descriptors
 
     def start(self, child: Child, on_end: Callable[[Ended], None]) -> None:
-        """Look after a child; `on_end` is called once, from on_ready or check_deadlines."""
+        """Look after a child; `on_end` is called once, by the poller or from check_deadlines."""
         for fd in (child.pidfd, child.pipe_fd):
             self._running[fd] = (child, on_end)
-            self._poller.register(fd, select.POLLIN)
+            self._poller.register(fd, self._on_ready)
 
     def attempt(self, make: Callable[[], Child], on_end: Callable[[Ended], None]) -> None:
         """Look after a child that `make` makes; one that cannot be made has failed like any other."""
@@ -133,8 +135,7 @@ class Children:
         else:
             self.start(child, on_end)
 
-    def on_ready(self, fd: int) -> None:
-        """A descriptor of the poller is ready; not one of ours: nothing happens."""
+    def _on_ready(self, fd: int) -> None:
         child, _ = self._running.get(fd, (None, None))
         if child and fd == child.pidfd:
             if select.select([fd], [], [], 0)[0]:  # the poll may have meant another one's, closed since
@@ -162,6 +163,8 @@ class Children:
         """End all without a word to anybody; what they were for."""
         children = {child for child, _ in self._running.values()}
         for child in children:
+            self._forget(child.pidfd)
+            self._forget(child.pipe_fd)
             child.end()
         return [child.what for child in children]
 

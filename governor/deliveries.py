@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from governor import cut_turn, delivery, model
 from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
-from governor.brake import SLOT, KnobFile
+from governor.brake import KnobFile
 from governor.children import Child, Children, Ended
 from governor.journal import Note, printable
 from governor.limits import Limits
@@ -28,6 +28,7 @@ class Deliveries:
     """To the agent of one governed memcg; `feed` hands an event to the ladder."""
 
     cgroup: str
+    slot: int  # in the knob file
     agent: AgentProcess
     knob_file: KnobFile
     children: Children
@@ -76,7 +77,7 @@ class Deliveries:
 
     def lift_high(self) -> None:
         """A throttled agent could not do it."""
-        if knobs := self.knob_file.knobs(SLOT):
+        if knobs := self.knob_file.knobs(self.slot):
             knobs.lift_high()
             knobs.close()
 

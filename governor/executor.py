@@ -17,7 +17,7 @@ import orjson
 from governor import announce, archive, cut_turn, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.agent_process import AgentProcess
-from governor.brake import FREEZE, NONE, SLOT, KnobFile
+from governor.brake import FREEZE, NONE, KnobFile
 from governor.cgroup import MemoryState
 from governor.children import Children, Ended, fork
 from governor.codec import plain
@@ -39,6 +39,7 @@ class Executor:
     """The hands of one governed memcg; `feed` hands an event to the ladder."""
 
     cgroup: str
+    slot: int
     archive_directory: Path
     policy: Policy
     agent: AgentProcess
@@ -77,9 +78,9 @@ class Executor:
                 wanted = self.policy.compact if tier is Tier.COMPACT else self.policy.clear
                 self.deliveries.deliver(tier, reason, wanted)
             case model.HoldNow():
-                self.send(link.encode_slot(link.BRAKE, SLOT))
+                self.send(link.encode_slot(link.BRAKE, self.slot))
             case model.Prolong(for_ns=for_ns):
-                self.send(link.encode_slot(link.PROLONG, SLOT, time.monotonic_ns() + for_ns))
+                self.send(link.encode_slot(link.PROLONG, self.slot, time.monotonic_ns() + for_ns))
             case model.Thaw():
                 self._thaw(instruction)
             case model.UsualLevels():
@@ -107,7 +108,7 @@ class Executor:
         """Undo throttle and raised levels; whatever the policy says now, it may have said something else before."""
         self._raised = None
         ppm = levels(self.policy).engage_ppm[record.LEVEL_BRAKE - 1]
-        self.send(link.Thaw(SLOT, ppm, -1, True, False).encode())
+        self.send(link.Thaw(self.slot, ppm, -1, True, False).encode())
 
     def levels_again(self, phase: model.Phase) -> None:
         """After reflex was given the usual levels: those of a probation or a termination, which only reflex knew."""
@@ -116,7 +117,7 @@ class Executor:
         elif phase is not model.Phase.HELD:
             last_ppm = round(self.policy.terminate.last_ratio * record.PPM)
             ends = phase is model.Phase.TERMINATING
-            raised = self._raised or link.Thaw(SLOT, last_ppm, 0, False, ends)
+            raised = self._raised or link.Thaw(self.slot, last_ppm, 0, False, ends)
             self.send(raised._replace(high_bytes=0).encode())
 
     def _pretend(self, instruction: model.Instruction) -> None:
@@ -138,11 +139,11 @@ class Executor:
             return
         say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
-        if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(SLOT)):
+        if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(self.slot)):
             knobs.squeeze(self.limits.own_high_bytes(high_bytes))  # here: it may take long, and reflex has no time
             knobs.close()
             high_bytes = 0
-        self._raised = link.Thaw(SLOT, thaw.brake_ppm, high_bytes, False, thaw.last_word)
+        self._raised = link.Thaw(self.slot, thaw.brake_ppm, high_bytes, False, thaw.last_word)
         self.send(self._raised.encode())
 
     # Tier 3

@@ -40,6 +40,7 @@ from pathlib import Path
 import orjson
 
 from governor.model import Status, Tier
+from governor.poller import Poller
 from governor.record import LEVEL_NAMES, PAGE_BYTES, Record
 
 VERSION = 1
@@ -91,7 +92,7 @@ class _Request:
 class Subscribers:
     """Everybody who listens to one governed memcg, on the loop's poller."""
 
-    def __init__(self, poller: select.poll, hello: Callable[[], dict[str, object]]) -> None:
+    def __init__(self, poller: Poller, hello: Callable[[], dict[str, object]]) -> None:
         """`hello` gives the fields of the first line. Nobody can connect before listen()."""
         self._poller = poller
         self._hello = hello
@@ -120,26 +121,12 @@ class Subscribers:
             server.close()
             raise
         self._path, self._server = path, server
-        self._poller.register(server, select.POLLIN)
+        self._poller.register(server.fileno(), lambda _: self._accept(server))
 
     @property
     def can(self) -> frozenset[Tier]:
         """What somebody can be asked for."""
         return frozenset().union(*(subscriber.can for subscriber in self._subscribers.values()))
-
-    def on_ready(self, fd: int) -> bool:
-        """A descriptor of the poller is ready; False when it is not one of ours."""
-        if self._server and fd == self._server.fileno():
-            self._accept(self._server)
-        elif subscriber := self._subscribers.get(fd):
-            try:
-                self._flush(subscriber)
-                self._hear(subscriber)
-            except (OSError, EOFError, _Garbled):
-                self._drop(subscriber)
-        else:
-            return False
-        return True
 
     def tell(self, message: str, /, **fields: object) -> None:
         """Say it to everybody."""
@@ -196,9 +183,12 @@ class Subscribers:
         if self._path and self._server:
             with suppress(OSError):
                 self._path.unlink()
+            self._poller.unregister(self._server.fileno())
             self._server.close()
         for subscriber in self._subscribers.values():
+            self._poller.unregister(subscriber.connection.fileno())
             subscriber.connection.close()
+        self._subscribers.clear()
 
     def _accept(self, server: socket.socket) -> None:
         try:
@@ -212,8 +202,16 @@ class Subscribers:
         connection.setblocking(False)
         subscriber = _Subscriber(connection, uid)
         self._subscribers[connection.fileno()] = subscriber
-        self._poller.register(connection, select.POLLIN)
+        self._poller.register(connection.fileno(), self._on_ready)
         self._say(subscriber, "hello", {"version": VERSION, **self._hello()})
+
+    def _on_ready(self, fd: int) -> None:
+        if subscriber := self._subscribers.get(fd):
+            try:
+                self._flush(subscriber)
+                self._hear(subscriber)
+            except (OSError, EOFError, _Garbled):
+                self._drop(subscriber)
 
     def _has_room(self, uid: int) -> bool:
         """Whether one more of this user may come, where need be in the place of who has said nothing yet."""
@@ -249,8 +247,8 @@ class Subscribers:
                 del subscriber.backlog[:sent]
         if len(subscriber.backlog) > _BACKLOG_LIMIT_BYTES:
             raise BrokenPipeError
-        wanted = select.POLLIN | (select.POLLOUT if subscriber.backlog else 0)
-        self._poller.modify(subscriber.connection, wanted)
+        wanted = select.EPOLLIN | (select.EPOLLOUT if subscriber.backlog else 0)
+        self._poller.modify(subscriber.connection.fileno(), wanted)
 
     def _hear(self, subscriber: _Subscriber) -> None:
         """Raises EOFError at its end, _Garbled for what is no line of the protocol, OSError."""

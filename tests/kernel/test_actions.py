@@ -1,7 +1,6 @@
 """Actions on a real kernel: commands in a memcg of their own, and trees killed while they are frozen."""
 
 import os
-import select
 import signal
 import stat
 import subprocess
@@ -15,6 +14,7 @@ from conftest import AGENT, MIB
 from governor import archive, cgroup, children, subtree
 from governor.actions import commands, processes, termination_log
 from governor.attribution import Attribution
+from governor.poller import Poller
 from governor.session_files import parse_pattern
 from tests.waiting import wait_for
 
@@ -31,14 +31,13 @@ def run():
     runner = commands.Commands()
 
     def to_end(*argv, seconds=30.0):
-        poller, ended = select.poll(), []
+        poller, ended = Poller(), []
         running = children.Children(poller)
         child, why_not = runner.run(argv, {}, time.monotonic_ns() + int(seconds * SECOND), "test")
         assert why_not == ""
         running.start(child, ended.append)
         while not ended:
-            for fd, _ in poller.poll(20):
-                running.on_ready(fd)
+            poller.wait(20_000_000)
             running.check_deadlines(time.monotonic_ns())
         return ended[0]
 

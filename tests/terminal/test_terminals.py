@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import random
-import select
 import socket
 import subprocess
 import threading
@@ -24,6 +23,7 @@ from governor.channels.terminal import ChannelError
 from governor.channels.tmux import TmuxTerminal
 from governor.children import Children
 from governor.model import Tier
+from governor.poller import Poller
 from governor.subtree import read_stat
 from tests.fakes.stage import COLUMNS, ROWS, TmuxStage
 from tests.waiting import wait_for
@@ -207,11 +207,11 @@ def test_a_delivery_has_so_much_of_a_cpu_and_no_more(monkeypatch):
     monkeypatch.setattr(delivery, "open_terminal", lambda *_: Spinning())
     profile = profile_file.load("generic-repl").profile
     profile = replace(profile, match=replace(profile.match, process=()))
-    ended, poller = [], select.poll()
+    ended, poller = [], Poller()
     children = Children(poller)
     child = delivery.start(profile, Tier.COMPACT, os.getpid(), "pty:/x", time.monotonic_ns() + 10**12)
     children.start(child, ended.append)
-    wait_for(lambda: [children.on_ready(fd) for fd, _ in poller.poll(100)] and ended, 60)
+    wait_for(lambda: poller.wait(100_000_000) or ended, 60)
     assert ended[0].deferred, ended
     assert "more than 1 s of CPU time" in ended[0].why
 

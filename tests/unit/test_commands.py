@@ -1,7 +1,6 @@
 """Commands and signals on any machine; what needs a real memcg is in tests/kernel/test_actions.py."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 from governor import children
 from governor.actions import commands, processes
+from governor.poller import Poller
 
 SECOND = 1_000_000_000
 
@@ -19,7 +19,7 @@ class Watched:
     """Children on a poller, as the loop has them."""
 
     def __init__(self):
-        self.poller = select.poll()
+        self.poller = Poller()
         self.children = children.Children(self.poller)
         self.ended = []
 
@@ -28,8 +28,7 @@ class Watched:
         return child
 
     def turn(self, now_ns=0):
-        for fd, _ in self.poller.poll(20):
-            self.children.on_ready(fd)
+        self.poller.wait(20_000_000)
         self.children.check_deadlines(now_ns)
 
     def end(self, now_ns=0, seconds=20):

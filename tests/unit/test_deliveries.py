@@ -1,6 +1,5 @@
 """deliveries: what the journal says of how tier 1 or 2 is brought to the agent."""
 
-import select
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ from governor import profile_file
 from governor.deliveries import Deliveries
 from governor.model import Status, Tier
 from governor.policy import Delivery
+from governor.poller import Poller
 from governor.subscribers import Subscribers
 
 REPL = profile_file.load("generic-repl").profile
@@ -37,11 +37,12 @@ def test_the_journal_says_how(wanted, subscribers, channel, how):
     noted, told, begun = [], [], []
     deliveries = Deliveries(
         cgroup="/pod",
+        slot=0,
         agent=SimpleNamespace(pid=0, pidfd=-1),
         knob_file=SimpleNamespace(knobs=lambda slot: None),
         children=SimpleNamespace(attempt=lambda make, on_end: begun.append(make)),
         commands=None,
-        subscribers=subscribers(select.poll(), dict),
+        subscribers=subscribers(Poller(), dict),
         note=lambda kind, text, **fields: noted.append((kind, fields)),
         feed=told.append,
         limits=SimpleNamespace(memory_state=lambda now_ns: None),

@@ -12,6 +12,7 @@ import pytest
 
 from governor import subscribers
 from governor.model import Status, Tier
+from governor.poller import Poller
 from governor.subscribers import Subscribers
 
 SECOND = 1_000_000_000
@@ -22,7 +23,7 @@ class Served:
 
     def __init__(self, path):
         self.path = path
-        self.poller = select.poll()
+        self.poller = Poller()
         self.subscribers = Subscribers(self.poller, lambda: {"cgroup": "/pod", "agent_pid": 7})
         self.subscribers.listen(path)
         self.answers, self.changes = [], 0
@@ -35,9 +36,8 @@ class Served:
 
     def turn(self):
         """Until nothing is ready any more."""
-        while ready := [fd for fd, _ in self.poller.poll(20)]:
-            for fd in ready:
-                self.subscribers.on_ready(fd)
+        while self.poller.wait(20_000_000):
+            pass
 
     def connect(self, *can):
         connection = socket.socket(socket.AF_UNIX)
