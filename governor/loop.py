@@ -80,6 +80,8 @@ class Loop:
     def _drop(self, target: Target) -> None:
         """Its memcg is gone, and whatever was to be done about that is done."""
         target.abandon()
+        self._shared.send(link.encode_slot(link.RELEASE, target.slot))
+        self.knob_file.release(target.slot)
         target.close()
         del self.targets[target.slot], self._by_cgroup_id[target.cgroup_id]
         self._schedule.drop(target.slot)

@@ -189,6 +189,12 @@ class Target:
     def close(self) -> None:
         """Once reflex has let go of it: nobody is told of it any more."""
         self._subscribers.close()
+        if self._agent.pidfd >= 0:
+            self._shared.poller.unregister(self._agent.pidfd)
+            self._agent.let_go()
+        self._limits.close()
+        self._memcg.close()
+        self._journal.close()
 
     # Its turns
 
