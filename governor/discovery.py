@@ -4,7 +4,7 @@ mkdir and rmdir in cgroupfs are seen by inotify (vfs_mkdir and vfs_rmdir tell fs
 was removed stays, and takes part of the limit of watches for ever: kernfs tells it neither IN_DELETE_SELF nor
 IN_IGNORED (seen on 6.18). So a watch is taken back when the directory above says that it is gone.
 
-Watched are the kubelets' roots, their QoS classes, their pods, and what leads to a root; nothing of a container's own.
+Watched are the kubelets' roots, their QoS classes, their pods, and what leads to a root; nothing inside a container.
 A kubelet that comes later is found by a rescan. Whose a container is, `pods.py` says; reads nothing but directories.
 """
 

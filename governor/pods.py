@@ -1,7 +1,7 @@
 """What a cgroup's path says: whose container it is, or whether containers can appear below it. Pure.
 
-    systemd    [PARENT.slice/]*[X-]kubepods.slice/[X-]kubepods-QOS.slice/[X-]kubepods-QOS-podUID.slice/RUNTIME-ID.scope
-    cgroupfs   [PARENT/]*kubepods/QOS/podUID/[RUNTIME-]ID
+    systemd    ...[X-]kubepods.slice/[X-]kubepods-QOS.slice/[X-]kubepods-QOS-podUID.slice/RUNTIME-ID.scope
+    cgroupfs   ...kubepods/QOS/podUID/[RUNTIME-]ID
 
 QOS is burstable or besteffort; guaranteed pods are one level up and do not say so. The kubelet makes all but the last
 part (its cgroup_manager_linux.go, qos_container_manager_linux.go, pod_container_manager_linux.go), the runtime that.
@@ -19,9 +19,11 @@ from typing import NamedTuple
 GUARANTEED, BURSTABLE, BESTEFFORT = "guaranteed", "burstable", "besteffort"
 _QOS = (BURSTABLE, BESTEFFORT)
 _ROOT = re.compile(r"(?:(?:[^/]+-)?kubepods\.slice|kubepods)")
-# The runtimes' own helpers have scopes beside the containers', such as crio-conmon-ID: no other prefix is a container.
+# Runtimes' helpers have scopes beside the containers', such as crio-conmon-ID: no other prefix is a container.
 _CONTAINER = re.compile(r"(?:(cri-containerd|crio|docker)-)?([0-9a-f]{64})")
-_UID = re.compile(r"[0-9A-Za-z_.-]{1,128}")  # usually a UUID; of a static pod the kubelet's hash, or its author's text
+_UID = re.compile(
+    r"[0-9A-Za-z_.-]{1,128}"
+)  # usually a UUID; of a static pod the kubelet's hash, or its author's text
 _SCOPE = ".scope"
 _SLICE = ".slice"
 
@@ -36,7 +38,7 @@ class Place(NamedTuple):
 
 
 def place_of(path: str) -> Place | None:
-    """The container at a path below the cgroup root ("a/b/c"); None for everything that is not exactly a container."""
+    """The container at a path below the cgroup root ("a/b/c"); None for all that is not exactly a container."""
     parts = path.strip("/").split("/")
     if not is_root(root := _root_of(parts)):
         return None
