@@ -140,15 +140,16 @@ def _failing(select: Select, container: Container) -> _Failed:
         ("container", select.container, container.name),
     )
     for key, globs, text in texts:
-        # What is not known matches nothing, not even "*": it could be anything.
-        if globs and not (text and any(fnmatchcase(text, glob) for glob in globs)):
+        # A name that is not known matches nothing, not even "*"; a path every container has.
+        known = text or key == "cgroup"
+        if globs and not (known and any(fnmatchcase(text, glob) for glob in globs)):
             return f"select.{key}", f"found {shown(text) if text else 'nothing known'}, expected {_one_of(globs)}"
-    for key, pairs, known in (
+    for key, pairs, there in (
         ("label", select.label, container.labels),
         ("annotation", select.annotation, container.annotations),
     ):
-        if pairs and not any(_has(known, *_split(pair)) for pair in pairs):
-            return f"select.{key}", f"found {_found(known, pairs)}, expected {_one_of(pairs)}"
+        if pairs and not any(_has(there, *_split(pair)) for pair in pairs):
+            return f"select.{key}", f"found {_found(there, pairs)}, expected {_one_of(pairs)}"
     return None
 
 
@@ -157,17 +158,17 @@ def _split(pair: str) -> tuple[str, str]:
     return key, glob
 
 
-def _has(known: Mapping[str, str], key: str, glob: str) -> bool:
-    return key in known and fnmatchcase(known[key], glob)
+def _has(there: Mapping[str, str], key: str, glob: str) -> bool:
+    return key in there and fnmatchcase(there[key], glob)
 
 
-def _found(known: Mapping[str, str], pairs: tuple[str, ...]) -> str:
+def _found(there: Mapping[str, str], pairs: tuple[str, ...]) -> str:
     """What stands under the keys that the policy asks for."""
-    if not known:
+    if not there:
         return "none at all (they are known only where the runtime's socket is)"
     keys = list(dict.fromkeys(_split(pair)[0] for pair in pairs))
     more = f", and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(f"{key} = {shown(known[key])}" if key in known else f"no {key}" for key in keys[:_LISTED]) + more
+    return ", ".join(f"{key} = {shown(there[key])}" if key in there else f"no {key}" for key in keys[:_LISTED]) + more
 
 
 def _one_of(texts: Sequence[str]) -> str:

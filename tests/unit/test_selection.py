@@ -184,9 +184,8 @@ CONTAINERS = st.builds(
 
 def selects(select: Select, container: Container) -> bool | None:
     """As the keys are documented, written otherwise; None: no key is given."""
-    results = []
+    results = [any(fnmatchcase(container.cgroup, glob) for glob in select.cgroup)] if select.cgroup else []
     for globs, text in (
-        (select.cgroup, container.cgroup),
         (select.namespace, container.namespace),
         (select.pod, container.pod),
         (select.container, container.name),
