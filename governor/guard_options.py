@@ -65,8 +65,9 @@ def check_policy(policy: str, target: str) -> str:
     if not target:
         return policy
     below = str(Path(target).relative_to(cgroup.ROOT)) if Path(target).is_relative_to(cgroup.ROOT) else target
-    if not any(fnmatchcase(below, glob) for glob in loaded.select.cgroup):
-        raise ValueError(f"policy {loaded.name!r} selects {', '.join(loaded.select.cgroup)}, which {below} is not")
+    globs = loaded.select.cgroup
+    if globs and not any(fnmatchcase(below, glob) for glob in globs):
+        raise ValueError(f"policy {loaded.name!r} selects {', '.join(globs)}, which {below} is not")
     return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
 
 

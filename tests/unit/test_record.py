@@ -118,7 +118,19 @@ def test_levels_arrive_and_garbage_does_not():
         link.decode_from_reflex(b"\xff123")
 
 
-PURE = ("record", "policy", "model", "tiers", "ladder", "levels", "codec", "schedule", "pods", "container")
+PURE = (
+    "record",
+    "policy",
+    "model",
+    "tiers",
+    "ladder",
+    "levels",
+    "codec",
+    "schedule",
+    "pods",
+    "container",
+    "selection",
+)
 IMPURE = {"os", "time", "logging", "ctypes", "socket", "subprocess", "pathlib", "random"}
 REAL_TIME = (
     *("record", "cgroup", "limits", "levels", "subtree", "brake"),
