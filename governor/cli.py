@@ -207,13 +207,13 @@ def daemon(
         fail("\n".join(fault.text(each.where) for each in error.errors for fault in each.faults), 2)
     _lock_instance(_checked(name))
     leftovers.sweep()
-    root, v1 = cgroup.memory_root()
+    v1 = not Path(cgroup.ROOT, "cgroup.controllers").exists()
     wanted = {
         "instance": name,
         "knob_path": str(instance.knob_file(name)),
         "policies": str(policies.absolute()),
         "state": str((state or instance.state_directory()).absolute()),
-        "cgroup_root": root,
+        "cgroup_root": cgroup.ROOT_V1 if v1 else cgroup.ROOT,
         "host_root": host_root,
         "dry_run": dry_run,
         "source": source,

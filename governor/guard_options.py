@@ -104,10 +104,14 @@ def lock_name(cgroup_id: int) -> str:
 
 
 def _bpf_refused(memcg: cgroup.Memcg) -> str:
-    """Why the programs are not to be loaded; "" where they are to be tried."""
-    if memcg.v1:
-        return "the programs watch memcgs of cgroup v2"
-    if cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
+    if not memcg.v1 and cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
         return "governor runs inside the memcg, and compiling would take 160 MiB of it"
+    return bpf_refused(memcg.v1)
+
+
+def bpf_refused(v1: bool) -> str:
+    """Why the programs are not to be loaded; "" where they are to be tried."""
+    if v1:
+        return "the programs watch memcgs of cgroup v2"
     verdict = probe.decide(probe.probe())
     return "" if verdict.source == "bpf" else verdict.reason.removeprefix("no BPF: ")

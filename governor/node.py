@@ -23,8 +23,8 @@ from governor.discovery import Appeared, Discovery, Gone
 from governor.guard import Guard
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
-from governor.policy import Policy, Source
 from governor.pods import Place
+from governor.policy import Policy, Source
 
 _DESCRIPTORS = 1 << 16  # a target has about ten
 _JOURNALS, _JOURNALS_KEPT = "containers", 256
@@ -125,7 +125,7 @@ class Node:
             match event:
                 case Appeared(path=path, place=place):
                     with suppress(OSError):  # gone again
-                        self._known[path] = _Known(place, os.lstat(path).st_ino, time.monotonic_ns())  # noqa: PTH116
+                        self._known[path] = _Known(place, os.lstat(path).st_ino, time.monotonic_ns())
                         self._choose(path)
                 case Gone(path=path):
                     self._unread.discard(path)
