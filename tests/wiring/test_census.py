@@ -84,7 +84,7 @@ def image():
 
 
 def sandbox_config():
-    """PodSandboxConfig: metadata 1, log_directory 3, labels 6, annotations 7, linux 8 (cgroup_parent 1, security 2)."""
+    """PodSandboxConfig: metadata 1, log_directory 3, labels 6, annotations 7, linux 8 (parent 1, security 2)."""
     metadata = block(1, "agent-0") + block(2, UID) + block(3, "team-a")
     security = block(1, NODE_NETWORK)
     linux = block(1, f"/kubepods/burstable/pod{UID}") + block(2, security)
