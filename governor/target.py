@@ -52,6 +52,7 @@ class Shared:
     send: Callable[[bytes], bool]  # to reflex
     source_name: Callable[[int], str]  # a source in words
     protected: Callable[[], None]  # called when a target's protection has begun
+    calm_interval_ns: Callable[[], int]  # a calm target need not be sampled more often: others want their turn
 
 
 class Target:
@@ -233,8 +234,11 @@ class Target:
             and since(state.probation_ns, boottime_ns()) > self._policy.brake.probation_ns
         ):
             return signals.raised_interval_ns  # full, but it has sat still for long
-        usual_ns = signals.raised_interval_ns if self._is_raised() else signals.interval_ns
-        return _SAMPLE_NS.get(state.phase, usual_ns)
+        if state.phase in _SAMPLE_NS:
+            return _SAMPLE_NS[state.phase]
+        if self._is_raised():
+            return signals.raised_interval_ns
+        return max(signals.interval_ns, self._shared.calm_interval_ns())
 
     def _is_raised(self) -> bool:
         return self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
@@ -287,6 +291,7 @@ class Target:
             way = f"{'rising' if found.rising else 'falling'} to level {record.LEVEL_NAMES[found.level]}"
             say(f"{way}: {_megabytes(found)}, heard after {latency_ms:.2f} ms")
             self._level_heard = found.level
+            self._sampled_ns = 0
             self._subscribers.tell_level(found)
         if found.kind == record.CROSSING and found.rising and found.level >= record.LEVEL_BRAKE:
             held = self._decisions.state.held if self._decisions.state.phase is Phase.HELD else None
