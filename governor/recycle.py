@@ -70,9 +70,13 @@ class Recycle:
 
     @property
     def possible(self) -> bool:
-        """Whether somebody takes orders, and the profile knows what to order."""
+        """Whether somebody takes orders and hears of the agent's end, and the profile knows what to order.
+
+        governor run hears of the end of what it started: a shell above the agent goes on.
+        """
         session = self.profile.session if self.profile else None
-        return bool(self.resume_path and session and session.compact_stopped and session.resume)
+        is_heard = self.resume_path and self.agent.ends_all
+        return bool(is_heard and session and session.compact_stopped and session.resume)
 
     def prepare(self, within_ns: int, archive: Callable[[Callable[[bool], None]], None]) -> None:
         """Find out whether it is idle, archive, look again: then it is ready. `archive` tells whether it did."""
@@ -132,7 +136,7 @@ class Recycle:
     def let_be(self) -> None:
         """Await the agent's end no longer: only one by SIGTERM, however late, is followed by what was ordered."""
         self._until_ns = None
-        if self.possible:
+        if self.resume_path:
             resume.loosen(self.resume_path)
 
     def leave(self) -> None:
