@@ -687,7 +687,7 @@ events = st.one_of(
     st.builds(
         Answered,
         st.sampled_from(Tier),
-        st.sampled_from([Status.DELIVERED, Status.DEFERRED, Status.FAILED]),
+        st.sampled_from([Status.DELIVERED, Status.DEFERRED, Status.FAILED, Status.EXPIRED]),
         st.one_of(st.none(), memories),
     ),
     st.builds(Shedded, st.integers(0, 2)),
