@@ -378,9 +378,8 @@ class Target:
         self._recycle.let_be()  # what is ordered now is of a guard that died
         if self._decisions.state.recycle.status is model.Status.RESTARTING:
             why = "nobody took its session up again" if self._guard.recycled is None else self._guard.recycled
-            self._deliveries.delivered(
-                model.Tier.RECYCLE, model.Status.FAILED if why else model.Status.DELIVERED, why
-            )
+            failed = model.Status.EXPIRED if self._guard.recycled is None else model.Status.FAILED
+            self._deliveries.delivered(model.Tier.RECYCLE, failed if why else model.Status.DELIVERED, why)
 
     def sample(self, now_ns: int) -> None:
         """Look at its memory, and ask the ladder."""
