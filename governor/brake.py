@@ -21,6 +21,7 @@ from governor.record import PAGE_BYTES
 
 SLOT_BYTES = 16384
 SQUEEZE_S = 0.05
+_SLOTS_MORE = 64  # that the file grows by
 _MAGIC = b"GOVKNOB1"
 # What holds the agent
 FREEZE, STOP, NONE = 1, 2, 3
@@ -49,6 +50,23 @@ class KnobFile:
         finally:
             os.close(fd)
 
+    def free_slot(self) -> int:
+        """A slot that is not in use; the file grows where there is none."""
+        used = set(self.slots())
+        slot = next(slot for slot in range(len(used) + 1) if slot not in used)
+        if (slot + 1) * SLOT_BYTES > len(self.memory):
+            self._grow((slot + _SLOTS_MORE) * SLOT_BYTES)
+        return slot
+
+    def _grow(self, size_bytes: int) -> None:
+        self.memory.resize(size_bytes)  # the file as well
+
+    def release(self, slot: int) -> None:
+        """Forget whose knobs a slot holds: its memcg is gone. What was stopped in it goes on, wherever it is now."""
+        start = slot * SLOT_BYTES
+        _let_go_on(self.memory, start)
+        self.memory[start : start + _SLOT.size] = bytes(_SLOT.size)
+
     def adopt(self, slot: int, path: str, cgroup_id: int) -> None:
         """Write down whose knobs the slot holds; nothing is turned yet. Raises ValueError for a path too long."""
         encoded = path.encode()
@@ -63,6 +81,10 @@ class KnobFile:
     def slot_path(self, slot: int) -> str | None:
         """The memcg of a slot, None where the slot is free."""
         start = slot * SLOT_BYTES
+        if start >= len(self.memory) and start < (size_bytes := os.stat(self.path).st_size):  # noqa: PTH116
+            self._grow(size_bytes)
+        if start >= len(self.memory):
+            return None
         magic, _, used, _, _, _, length = _SLOT.unpack_from(self.memory, start)
         if magic != _MAGIC or not used:
             return None

@@ -25,6 +25,7 @@ from governor import (
     leftovers,
     limits,
     pins,
+    policy_directory,
     policy_file,
     probe,
     run_memcg,
@@ -179,6 +180,49 @@ def _load(name: str, attach: str) -> dict[str, str]:
     if error := result.get("error"):
         fail(f"cannot load the BPF programs: {error}; governor doctor shows what is missing")
     return result
+
+
+@app.command()
+def daemon(
+    policies: Annotated[
+        Path, typer.Option(help="A directory of policies (*.toml); who is selected by none is not governed.")
+    ] = policy_directory.DIRECTORY,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and journal, touch nothing.")] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="Where journals and archives are [default: the state directory].")
+    ] = None,
+    host_root: Annotated[str, typer.Option(help="Where the host's files are, for a daemon in a container.")] = "/",
+    source: Annotated[str, typer.Option(help="auto (the best there is), bpf, psi or poll.")] = "auto",
+    name: Annotated[str, typer.Option("--instance")] = "node",
+) -> None:
+    """Protect every container of this node that a policy selects; SIGHUP reads the policies again.
+
+    Example: governor daemon --policies /etc/governor/policies --dry-run
+    """
+    if os.geteuid() != 0:
+        fail("governor daemon governs other users' containers: run it as root")
+    if source not in guard_options.SOURCES[1:]:
+        fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
+    try:
+        policy_directory.load(policies)
+    except policy_directory.PoliciesError as error:
+        fail("\n".join(fault.text(each.where) for each in error.errors for fault in each.faults), 2)
+    _lock_instance(_checked(name))
+    leftovers.sweep()
+    v1 = not Path(cgroup.ROOT, "cgroup.controllers").exists()
+    wanted = {
+        "instance": name,
+        "knob_path": str(instance.knob_file(name)),
+        "policies": str(policies.absolute()),
+        "state": str((state or instance.state_directory()).absolute()),
+        "cgroup_root": cgroup.ROOT_V1 if v1 else cgroup.ROOT,
+        "host_root": host_root,
+        "dry_run": dry_run,
+        "source": source,
+        "bpf_refused": "" if pins.current(name) else guard_options.bpf_refused(v1),
+        "unload_at_end": pins.current(name) is None,
+    }
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.node", orjson.dumps(wanted).decode()])
 
 
 @app.command()

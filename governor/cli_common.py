@@ -38,9 +38,14 @@ def load_or_exit(load: Callable[[str], Loaded], name_or_path: str) -> Loaded:
     try:
         return load(name_or_path)
     except FileError as error:
-        for fault in error.faults:
-            typer.echo(printable(fault.text(error.where)), err=True)
+        say_faults(error)
         raise typer.Exit(2) from None
+
+
+def say_faults(error: FileError) -> None:
+    """Every fault of a file, one a line, escaped as in `out`."""
+    for fault in error.faults:
+        typer.echo(printable(fault.text(error.where)), err=True)
 
 
 def reason(error: OSError) -> str:

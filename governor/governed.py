@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import select
 import time
+from collections.abc import Callable
 
 from governor import record
 from governor.brake import Knobs, Loan
 from governor.limits import Limits
 from governor.poll_source import PollSource
+from governor.poller import Poller
 from governor.record import Levels, Record
 
 
 class Governed:
     """One memcg under the brake."""
 
-    def __init__(self, slot: int, knobs: Knobs, levels: Levels, poller: select.poll, with_psi: bool) -> None:
+    def __init__(
+        self,
+        slot: int,
+        knobs: Knobs,
+        levels: Levels,
+        poller: Poller,
+        with_psi: bool,
+        on_stir: Callable[[Governed], None],
+    ) -> None:
         self.slot = slot
         self.knobs = knobs
         self.limits = Limits(knobs.memcg)
-        self.poll = PollSource(self.limits, poller, with_psi, time.monotonic_ns())
+        self.poll = PollSource(self.limits, poller, with_psi, time.monotonic_ns(), lambda _: on_stir(self))
         self.loan = Loan()
         self.epoch = time.monotonic_ns()  # differs from whatever an earlier reader wrote
         self.verified_ns = 0
@@ -29,6 +38,12 @@ class Governed:
         self.last_word = False
         self.told = (0, 0)  # source and brake, as governor knows them
         self.set_levels(levels)
+
+    def close(self) -> None:
+        """Close everything; no knob is turned."""
+        self.poll.close()
+        self.knobs.close()
+        self.limits.close()
 
     def set_levels(self, levels: Levels) -> None:
         """The policy's levels and limit."""

@@ -65,8 +65,9 @@ def check_policy(policy: str, target: str) -> str:
     if not target:
         return policy
     below = str(Path(target).relative_to(cgroup.ROOT)) if Path(target).is_relative_to(cgroup.ROOT) else target
-    if not any(fnmatchcase(below, glob) for glob in loaded.select.cgroup):
-        raise ValueError(f"policy {loaded.name!r} selects {', '.join(loaded.select.cgroup)}, which {below} is not")
+    globs = loaded.select.cgroup
+    if globs and not any(fnmatchcase(below, glob) for glob in globs):
+        raise ValueError(f"policy {loaded.name!r} selects {', '.join(globs)}, which {below} is not")
     return policy if policy in policy_file.presets() else os.path.abspath(policy)  # noqa: PTH100  no link is followed
 
 
@@ -103,10 +104,14 @@ def lock_name(cgroup_id: int) -> str:
 
 
 def _bpf_refused(memcg: cgroup.Memcg) -> str:
-    """Why the programs are not to be loaded; "" where they are to be tried."""
-    if memcg.v1:
-        return "the programs watch memcgs of cgroup v2"
-    if cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
+    if not memcg.v1 and cgroup.is_inside(cgroup.memcg_of("self"), memcg.path):
         return "governor runs inside the memcg, and compiling would take 160 MiB of it"
+    return bpf_refused(memcg.v1)
+
+
+def bpf_refused(v1: bool) -> str:
+    """Why the programs are not to be loaded; "" where they are to be tried."""
+    if v1:
+        return "the programs watch memcgs of cgroup v2"
     verdict = probe.decide(probe.probe())
     return "" if verdict.source == "bpf" else verdict.reason.removeprefix("no BPF: ")

@@ -70,6 +70,10 @@ class Journal:
         """Write the line that `replay` starts from."""
         self.write("begin", **self._first())
 
+    def close(self) -> None:
+        """Nothing may be written any more."""
+        os.close(self._fd)
+
     def _open(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         return os.open(path, flags, 0o600)

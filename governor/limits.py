@@ -27,7 +27,7 @@ class Limits:
     """A governed memcg and the ancestors whose limits bind it."""
 
     def __init__(self, own: Memcg) -> None:
-        """Takes over `own`; ancestors that cannot be read are left out."""
+        """Ancestors that cannot be read are left out."""
         self.own = own
         self.above: list[Memcg] = []
         self.chosen_bytes = 0  # the policy's limit; 0: none
@@ -41,6 +41,11 @@ class Limits:
                 self.above.append(Memcg(path))
             except OSError:
                 continue  # a root, or a directory that is no memcg
+
+    def close(self) -> None:
+        """Close the memcgs above; the governed one belongs to whoever opened it."""
+        for memcg in self.above:
+            memcg.close()
 
     @property
     def cgroup_id(self) -> int:

@@ -16,7 +16,7 @@ from governor.record import LEVELS, RECORD_BYTES, Levels, Record, decode
 MESSAGE_BYTES = 512
 
 # governor to reflex
-ADOPT, BRAKE, THAW, PROLONG, SET_LEVELS, AGENT, OPEN_PINS = 1, 2, 3, 4, 5, 6, 7
+ADOPT, BRAKE, THAW, PROLONG, SET_LEVELS, AGENT, OPEN_PINS, RELEASE = 1, 2, 3, 4, 5, 6, 7, 8
 # reflex to governor
 RECORD, BRAKED, THAWED, ALIVE, ADOPTED, SOURCE, REFUSED = 16, 17, 18, 19, 20, 21, 22
 
@@ -171,12 +171,12 @@ def decode_levels(data: bytes) -> tuple[int, Levels]:
 
 
 def encode_slot(kind: int, slot: int, ns: int = 0) -> bytes:
-    """BRAKE, PROLONG with its deadline, or AGENT with its pid, 0 for none."""
+    """BRAKE, PROLONG with its deadline, AGENT with its pid, 0 for none, or RELEASE: the memcg is gone."""
     return _SLOT_AND_NS.pack(kind, slot, ns)
 
 
 def decode_slot(data: bytes) -> tuple[int, int]:
-    """The slot of BRAKE, PROLONG or AGENT, and the deadline or pid."""
+    """The slot of BRAKE, PROLONG, AGENT or RELEASE, and the deadline or pid."""
     _, slot, ns = _SLOT_AND_NS.unpack(data)
     return slot, ns
 

@@ -46,11 +46,13 @@ class Loop:
         self.unload_at_end = False
         self.note: Note = lambda kind, text, **_: say(text)  # of what is no single target's
         self.reload: Callable[[], None] = lambda: None  # upon SIGHUP
+        self.on_turn: Callable[[int], None] = lambda now_ns: None  # once a second at least
         self.protected: Callable[[], None] = lambda: None  # the protection of a target has begun
         self.status = 0  # to exit with
         self.poller = Poller()
         self.targets: dict[int, Target] = {}  # by slot
         self._by_cgroup_id: dict[int, Target] = {}
+        self._on_drop: dict[int, Callable[[], None]] = {}
         self._schedule = Schedule()
         self.knob_file = KnobFile(knob_path)
         pinned = pins.current(instance) if source in (Source.AUTO, Source.BPF) else None
@@ -70,19 +72,40 @@ class Loop:
 
     # Targets
 
-    def add(self, guard: Guard, slot: int, wanted: Policy, profile: Profile | None) -> Target:
-        """One more target, once it has begun; raises OSError where its memcg or journal cannot be opened."""
+    def add(
+        self,
+        guard: Guard,
+        slot: int,
+        wanted: Policy,
+        profile: Profile | None,
+        on_drop: Callable[[], None] = lambda: None,
+    ) -> Target:
+        """One more target; `on_drop` is called once it is one no more, before the end of the loop.
+
+        Raises OSError where its memcg or its journal cannot be opened.
+        """
         target = Target(guard, slot, wanted, profile, self._shared)
         self.targets[slot] = self._by_cgroup_id[target.cgroup_id] = target
+        self._on_drop[slot] = on_drop
         self._schedule.set(slot, 0)
+        target.begin()
+        if self._reflex.pid is not None:
+            target.adopt()
         return target
 
-    def _drop(self, target: Target) -> None:
-        """Its memcg is gone, and whatever was to be done about that is done."""
+    def look_at(self, slot: int) -> None:
+        """Something has happened to a target: look now."""
+        self._schedule.set(slot, 0)
+
+    def drop(self, target: Target) -> None:
+        """Let go of it: its memcg is gone and what was to be done about that is done, or nobody wants it governed."""
         target.abandon()
+        self._shared.send(link.encode_slot(link.RELEASE, target.slot))
+        self.knob_file.release(target.slot)
         target.close()
         del self.targets[target.slot], self._by_cgroup_id[target.cgroup_id]
         self._schedule.drop(target.slot)
+        self._on_drop.pop(target.slot)()
 
     # The loop
 
@@ -90,8 +113,6 @@ class Loop:
         """Until SIGTERM or, with targets only, until the last one is gone; every knob is restored then."""
         self._catch_signals()
         self._shared.commands.sweep()
-        for target in self.targets.values():
-            target.begin()
         try:
             self._keep_reflex(time.monotonic_ns())  # polls at once; compiling takes a while
             self._programs.load(self.children)
@@ -113,6 +134,7 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self.children.check_deadlines(now_ns)
+        self.on_turn(now_ns)
         for slot in self._schedule.due(now_ns):
             self._turn(self.targets[slot], now_ns)
         for target in [target for target in self.targets.values() if target.is_lively]:
@@ -128,7 +150,7 @@ class Loop:
         except Exception as error:  # noqa: BLE001  one target's fault is no other's
             self._fault(error, target.note)
         if target.gone and not target.finishing():
-            self._drop(target)
+            self.drop(target)
         else:
             self._schedule.set(target.slot, max(target.due_ns, now_ns + 1))
 

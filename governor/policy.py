@@ -154,10 +154,19 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Which targets a policy is for."""
+    """Which targets a policy is for: each key that is given must match, by any one of its globs.
 
-    cgroup: tuple[str, ...] = ("*",)  # globs over the path below /sys/fs/cgroup
-    selectable: bool = False  # a container may choose it by GOVERNOR_POLICY in its environment
+    With none given, the daemon takes it for nobody's, but for who may choose it; `governor guard` looks at `cgroup`.
+    """
+
+    cgroup: tuple[str, ...] = ()  # globs over the path below /sys/fs/cgroup, such as "kubepods*"; "*" is any
+    namespace: tuple[str, ...] = ()  # globs over the pod's namespace
+    pod: tuple[str, ...] = ()  # globs over the pod's name
+    container: tuple[str, ...] = ()  # globs over the container's name in its pod
+    label: tuple[str, ...] = ()  # "key=glob", over the pod's labels
+    annotation: tuple[str, ...] = ()  # "key=glob", over the pod's annotations
+    selectable: bool = False  # a pod may choose it: annotation governor.dev/policy, or GOVERNOR_POLICY
+    opt_out: bool = False  # a pod that it is for may choose "none" in the same way, and is not governed
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,29 +4,92 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from governor import policy_file
-from governor.cli_common import by_table, load_or_exit, out
+from governor import policy_directory, policy_explain, policy_file
+from governor.cli_common import JsonOption, by_table, load_or_exit, out, say_faults
 from governor.journal import printable
-from governor.policy_file import Loaded
+from governor.policy_directory import PoliciesError
+from governor.policy_file import Loaded, PolicyError
 from governor.policy_keys import KEYS, Key, flatten, written
+from governor.selection import choose
 
-policy_app = typer.Typer(help="Check, show and list policies.", no_args_is_help=True)
+policy_app = typer.Typer(help="Check, show, list and explain policies.", no_args_is_help=True)
+_NOT_GOVERNED = 3
 
 PolicyArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset's name, or a policy file.")]
 
 
 @policy_app.command()
-def check(policy: PolicyArgument) -> None:
-    """Print every fault of a policy, one a line; exits 2 if there is one.
+def check(
+    policies: Annotated[
+        list[str], typer.Argument(metavar="NAME|FILE|DIRECTORY...", help="Presets, files, or directories of a node.")
+    ],
+) -> None:
+    """Print every fault of policies, one a line; exits 2 if there is one.
 
-    Example: governor policy check /etc/governor/policy.toml
+    Example: governor policy check agent.toml /etc/governor/policies
     """
-    loaded = load_or_exit(policy_file.load, policy)
-    out(f"{policy}: good: policy {loaded.policy.name}")
+    good = True
+    for policy in policies:
+        try:
+            for where, loaded in _loaded(policy).items():
+                out(f"{where}: good: policy {loaded.policy.name}")
+        except PoliciesError as error:
+            good = False
+            for each in error.errors:
+                say_faults(each)
+    if not good:
+        raise typer.Exit(2)
+
+
+def _loaded(policy: str) -> policy_directory.Policies:
+    """What a preset, a file or a directory holds; raises PoliciesError."""
+    if policy not in policy_file.presets() and Path(policy).is_dir():
+        return policy_directory.load(Path(policy))
+    try:
+        return {policy: policy_file.load(policy)}
+    except PolicyError as error:
+        raise PoliciesError([error]) from None
+
+
+@policy_app.command()
+def explain(
+    described: Annotated[
+        str, typer.Option("--as", metavar="FILE", help="The container that this JSON object describes.")
+    ],
+    policies: Annotated[
+        Path, typer.Option(metavar="DIRECTORY", help="The policies to choose from.")
+    ] = policy_directory.DIRECTORY,
+    json: JsonOption = False,
+) -> None:
+    """Say which policy a container gets, which wishes of its pod count, and why the other policies are not for it.
+
+    The fields of --as, all optional: cgroup, container_id, pod_uid, qos, namespace, pod, name, chosen_policy (what
+    GOVERNOR_POLICY in its environment says), and the objects labels and annotations.
+
+    Exits 0 if it is governed, 3 if not, 2 for bad policies or a bad description.
+
+    Example: governor policy explain --policies policies/ --as agent.json
+    """
+    container = load_or_exit(policy_explain.read_container, described)
+    try:
+        known = policy_directory.load(policies)
+    except PoliciesError as error:
+        for each in error.errors:
+            say_faults(each)
+        raise typer.Exit(2) from None
+    choice = choose([loaded.policy for loaded in known.values()], container)
+    if json:
+        typer.echo(dumps(policy_explain.as_object(container, choice, known)))
+    else:
+        for line in policy_explain.answer(container, choice, known):
+            out(line)
+    if not choice.policy:
+        raise typer.Exit(_NOT_GOVERNED)
 
 
 @policy_app.command()

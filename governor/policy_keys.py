@@ -26,6 +26,8 @@ _TEXT_LIMIT = 4096  # PATH_MAX: no glob and no argument of ours is longer
 _LIST_LIMIT = 256
 _SHOWN_LIMIT = 120
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# As Kubernetes has the keys of labels and annotations: an optional prefix that is a DNS name, then the name.
+_PAIR = re.compile(r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,62}=")
 
 
 T = TypeVar("T")
@@ -211,12 +213,29 @@ def _check_cgroups(globs: tuple[str, ...]) -> None:
             )
 
 
+def _check_names(globs: tuple[str, ...]) -> None:
+    for glob in globs:
+        if not glob or "/" in glob:
+            raise Unexpected(f'globs of names, without "/", such as "agent-*"; found {toml_text(glob)}')
+
+
+def _check_pairs(pairs: tuple[str, ...]) -> None:
+    for pair in pairs:
+        if not _PAIR.match(pair):
+            raise Unexpected(f'"key=glob", such as "app=agent-*"; "app=*" is any value; found {toml_text(pair)}')
+
+
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "name": check_name,
     "signal": check_signal,
     "exec": check_exec,
     "globs": check_globs,
     "cgroup": _check_cgroups,
+    "namespace": _check_names,
+    "pod": _check_names,
+    "container": _check_names,
+    "label": _check_pairs,
+    "annotation": _check_pairs,
 }
 KEYS = keys_of(Policy(), _CHECKS)
 TABLES = tuple(dict.fromkeys(key.table for key in KEYS.values() if key.table))

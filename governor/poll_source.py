@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 
 from governor import levels, record
 from governor.cgroup import MemoryState, pages, parse_flat_keyed
 from governor.levels import Track
 from governor.limits import Limits
+from governor.poller import Poller
 from governor.record import HAS_MEMORY, HAS_RATE, HAS_TREND, RISING, Levels, Record
 
 POLL, PSI, BPF = 1, 2, 3
@@ -28,7 +30,10 @@ _TRIGGERS = (b"some 20000 500000", b"some 80000 2000000")
 class PollSource:
     """Looks at one governed memcg and the ancestors with a limit."""
 
-    def __init__(self, limits: Limits, poller: select.poll, with_psi: bool, now_ns: int) -> None:
+    def __init__(
+        self, limits: Limits, poller: Poller, with_psi: bool, now_ns: int, on_stir: Callable[[int], None]
+    ) -> None:
+        """`on_stir` is called by the poller when the kernel stirs: stirred() is to follow."""
         self._limits = limits
         self._poller = poller
         self._tracks: dict[int, Track] = {}
@@ -37,13 +42,13 @@ class PollSource:
         self._oom_kills = 0
         self._psi_fd = -1
         self._hurry_until_ns = 0
-        self.fds: list[int] = []  # on the poller: look when one of them is ready
+        self.fds: list[int] = []  # on the poller
         self.seen_ids: set[int] = set()  # of the memcgs with a limit, at the last look
         self.due_ns = now_ns
         if with_psi and not limits.own.v1:
             self._open_psi()
             for fd in self.fds:
-                poller.register(fd, select.POLLPRI)
+                poller.register(fd, on_stir, select.EPOLLPRI)
 
     @property
     def name(self) -> int:

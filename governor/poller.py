@@ -14,6 +14,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._owners: dict[int, Heard] = {}
+        self.first_fd = -1  # whose owner is called before all others
 
     def register(self, fd: int, on_ready: Heard, events: int = select.EPOLLIN) -> None:
         """Have `on_ready` called while one of the events lasts; raises OSError for what cannot be waited for."""
@@ -35,7 +36,7 @@ class Poller:
         What an owner closes may come up all the same if it was ready, too: owners cope with a call too many.
         """
         ready = self._epoll.poll(max(0, timeout_ns) / 1e9)
-        for fd, _ in ready:
+        for fd, _ in sorted(ready, key=lambda one: one[0] != self.first_fd):
             if on_ready := self._owners.get(fd):
                 on_ready(fd)
         return bool(ready)

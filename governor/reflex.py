@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import select
 import signal
 import sys
 import time
@@ -22,8 +21,10 @@ from governor.brake import NONE, KnobFile, Loan
 from governor.cgroup import MemoryState, is_inside, memcg_of
 from governor.governed import Governed
 from governor.poll_source import BPF, POLL
+from governor.poller import Poller
 from governor.real_time import become_real_time
 from governor.record import LEVEL_BRAKE, PPM, Levels, Record
+from governor.schedule import Schedule
 
 HEARTBEAT_NS = 1_000_000_000
 VERIFY_GAP_NS = 20_000_000
@@ -42,12 +43,16 @@ class Reflex:
         self._wanted = wanted
         self._unsent: list[bytes] = []
         self._knob_file = KnobFile(knob_path)
+        self._slots: dict[int, Governed] = {}
         self._governed: dict[int, Governed] = {}  # by cgroup id
+        self._watchers: dict[int, set[Governed]] = {}  # for whom BPF watches a memcg: itself, or what is below
+        self._schedule = Schedule()  # of the slots
         self._suspects: list[Governed] = []
         self._bpf: BpfSource | None = None
-        self._poller = select.poll()
-        self._poller.register(link_fd, select.POLLIN)
+        self._poller = Poller()
+        self._poller.register(link_fd, lambda _: self._hear())
         self._heartbeat_ns = 0
+        self._is_over = False
 
     # The hot path: from a crossing to a frozen memcg.
 
@@ -59,8 +64,9 @@ class Reflex:
             self._on_crossing(governed, found)
             data = found._replace(cgroup_id=governed.limits.cgroup_id).encode()
         elif found.kind == record.VERIFY:
-            for governed in self._governed.values():
-                governed.wants_verify |= found.cgroup_id in governed.watched
+            for governed in self._watchers.get(found.cgroup_id, ()):
+                governed.wants_verify = True
+                self._plan(governed)
         elif found.kind == record.OOM_KILL and found.cgroup_id not in self._governed:
             path = memcg_of(found.pid)  # the limit is one below or above: is the victim ours?
             for governed in self._governed.values():
@@ -72,12 +78,13 @@ class Reflex:
         """The governed memcg that a crossing is of; an ancestor's only if the charge came from inside."""
         if (own := self._governed.get(found.cgroup_id)) is not None:
             return own
-        below = [governed for governed in self._governed.values() if found.cgroup_id in governed.watched]
+        below = self._watchers.get(found.cgroup_id)
         path = memcg_of(found.pid) if below else None
-        for governed in below:
+        for governed in below or ():
             if is_inside(path, governed.knobs.memcg.path):
                 return governed
             governed.poll.hurry(found.ktime_ns)  # the kernel reports a level once, and it may be ours in a moment
+            self._plan(governed)
         return None
 
     def _on_crossing(self, governed: Governed, found: Record) -> None:
@@ -120,6 +127,7 @@ class Reflex:
             governed.loan.begin(frozen_ns)
             if governed.last_word:
                 governed.loan.prolong(frozen_ns + Loan.WINDOW_NS)
+            self._plan(governed)
         trend, rate = found.trend_bytes, found.fill_rate_bytes
         self._tell(
             link.Braked(
@@ -159,14 +167,26 @@ class Reflex:
                 at_pages = charged.pop(cgroup_id, None)
                 at_pages = bpf.charged_pages(cgroup_id) if at_pages is None else at_pages
                 bpf.watch(one, governed.levels, at_pages, governed.epoch)
-            for cgroup_id in charged:  # its limit was lifted
-                bpf.unwatch(cgroup_id)
-            governed.watched = {one.memcg.cgroup_id for one in seen}
+            self._watch(governed, {one.memcg.cgroup_id for one in seen})
+        self._plan(governed)
         return next((one.state for one in seen if one.memcg is limits.tightest), None)
+
+    def _watch(self, governed: Governed, cgroup_ids: set[int]) -> None:
+        """Write down what BPF watches for it; what is watched for nobody any more, it need not watch."""
+        for cgroup_id in governed.watched - cgroup_ids:
+            self._watchers[cgroup_id].discard(governed)
+            if not self._watchers[cgroup_id]:
+                del self._watchers[cgroup_id]
+                if self._bpf:
+                    self._bpf.unwatch(cgroup_id)
+        for cgroup_id in cgroup_ids:
+            self._watchers.setdefault(cgroup_id, set()).add(governed)
+        governed.watched = cgroup_ids
 
     def _thaw(self, governed: Governed, reason: int) -> None:
         now_ns = time.monotonic_ns()
         governed.loan.end(now_ns)
+        self._plan(governed)
         if governed.knobs.thaw():
             self._tell(link.Thawed(governed.slot, now_ns, reason).encode())
 
@@ -179,36 +199,44 @@ class Reflex:
             self._adopt(slot, levels) if kind == link.ADOPT else self._set_levels(slot, levels)
         elif kind == link.THAW:
             asked = link.decode_thaw(data)
-            if governed := self._by_slot(asked.slot):
+            if governed := self._slots.get(asked.slot):
                 self._thaw_as_asked(governed, asked)
         elif kind == link.OPEN_PINS:
             self._open_pins(link.decode_pins(data))
         else:
             slot, ns = link.decode_slot(data)
-            governed = self._by_slot(slot)
+            governed = self._slots.get(slot)
             if governed and kind == link.BRAKE:
                 self._brake_as_asked(governed)
             elif governed and kind == link.PROLONG:
                 governed.loan.prolong(ns)
+                self._plan(governed)
             elif governed and kind == link.AGENT:
                 governed.knobs.set_agent(ns, self._governor_pid)
                 self._tell_source(governed)
-
-    def _by_slot(self, slot: int) -> Governed | None:
-        return next((g for g in self._governed.values() if g.slot == slot), None)
+            elif governed and kind == link.RELEASE:
+                self._release(governed)
 
     def _adopt(self, slot: int, levels: Levels) -> None:
         knobs = self._knob_file.knobs(slot)
         if knobs is None:
             self._tell(link.Adopted(slot, False, POLL, NONE).encode())
             return
-        governed = Governed(slot, knobs, levels, self._poller, with_psi=self._wanted != "poll")
-        self._governed[knobs.memcg.cgroup_id] = governed
+        with_psi = self._wanted != "poll"
+        governed = Governed(slot, knobs, levels, self._poller, with_psi, self._stirred)
+        self._slots[slot] = self._governed[knobs.memcg.cgroup_id] = governed
         if knobs.frozen_by_us:  # by an earlier reflex that was killed: lent for no longer than by this one
             governed.loan.begin(time.monotonic_ns())
         ok = self._verify(governed, hear_again=True) is not None
         governed.told = self._source(governed)
         self._tell(link.Adopted(slot, ok, *governed.told).encode())
+
+    def _release(self, governed: Governed) -> None:
+        governed.knobs.restore()
+        self._watch(governed, set())
+        governed.close()
+        self._schedule.drop(governed.slot)
+        del self._slots[governed.slot], self._governed[governed.limits.cgroup_id]
 
     def _source(self, governed: Governed) -> tuple[int, int]:
         return BPF if self._bpf else governed.poll.name, governed.knobs.brake
@@ -227,7 +255,8 @@ class Reflex:
         except OSError as error:
             self._tell(link.Refused(str(error)).encode())
             return
-        self._poller.register(self._bpf.fd, select.POLLIN)
+        self._poller.register(self._bpf.fd, lambda _: self._drain())
+        self._poller.first_fd = self._bpf.fd
         for governed in self._governed.values():
             self._verify(governed, hear_again=True)
             self._tell_source(governed)
@@ -239,11 +268,12 @@ class Reflex:
             self._bpf.close()
             self._bpf = None
         for governed in self._governed.values():
-            governed.watched.clear()
+            self._watch(governed, set())
             governed.poll.due_ns = 0
+            self._plan(governed)
 
     def _set_levels(self, slot: int, levels: Levels) -> None:
-        if governed := self._by_slot(slot):
+        if governed := self._slots.get(slot):
             governed.set_levels(levels)
             self._verify(governed, hear_again=True)
 
@@ -286,14 +316,25 @@ class Reflex:
         throttled = self._throttle(governed, HIGH_MARGIN_BYTES)
         if frozen:
             governed.loan.begin(now_ns)
+            self._plan(governed)
         self._tell(
             link.Braked(governed.slot, 0, now_ns if frozen else 0, state, -1, -1, 0, frozen, throttled).encode()
         )
 
     # Time.
 
+    def _plan(self, governed: Governed) -> None:
+        """When it is to be looked after next; to be called whenever one of the times has changed."""
+        times = [governed.poll.due_ns]
+        if governed.loan.deadline_ns is not None:
+            times.append(governed.loan.deadline_ns)
+        if governed.wants_verify:
+            times.append(governed.verified_ns + VERIFY_GAP_NS)
+        self._schedule.set(governed.slot, min(times))
+
     def _tick(self, now_ns: int) -> None:
-        for governed in self._governed.values():
+        for slot in list(self._schedule.due(now_ns)):
+            governed = self._slots[slot]
             if governed.loan.deadline_ns is not None and now_ns >= governed.loan.deadline_ns:
                 self._brake_at(governed, max(governed.levels.engage_ppm[LEVEL_BRAKE - 1], AFTER_LOAN_PPM), False)
                 self._thaw(governed, link.LOAN_OVER)
@@ -301,6 +342,7 @@ class Reflex:
                 self._verify(governed)
             if now_ns >= governed.poll.due_ns:
                 self._look(governed, now_ns)
+            self._plan(governed)
         self._confirm_all()
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
@@ -325,16 +367,6 @@ class Reflex:
         if self._bpf and (governed.watched != governed.poll.seen_ids or governed.limits.of_machine):
             governed.wants_verify = True
 
-    def _next_deadline_ns(self) -> int:
-        deadlines = [self._heartbeat_ns + HEARTBEAT_NS]
-        for governed in self._governed.values():
-            deadlines.append(governed.poll.due_ns)
-            if governed.loan.deadline_ns is not None:
-                deadlines.append(governed.loan.deadline_ns)
-            if governed.wants_verify:
-                deadlines.append(governed.verified_ns + VERIFY_GAP_NS)
-        return min(deadlines)
-
     def _tell(self, message: bytes, may_drop: bool = False) -> None:
         sent = not self._unsent and link.send(self._link_fd, message)
         if not sent and not may_drop:
@@ -342,29 +374,33 @@ class Reflex:
 
     def run(self) -> None:
         """Until governor is gone. Raises nothing of one memcg's: it loses its brake, the others keep theirs."""
-        while True:
+        while not self._is_over:
             now_ns = time.monotonic_ns()
             self._tick(now_ns)
-            timeout_ms = max(0, -(-(self._next_deadline_ns() - now_ns) // 1_000_000))
-            ready = [fd for fd, _ in self._poller.poll(timeout_ms)]
-            if self._bpf and self._bpf.fd in ready:
-                self._bpf.drain()
-                self._confirm_all()
-            for governed in self._governed.values():
-                if any(fd in ready for fd in governed.poll.fds):
-                    victim = governed.poll.stirred(time.monotonic_ns())
-                    if victim and not self._bpf:  # which tells of it by itself, and of whom
-                        self._tell(link.encode_record(victim.encode(), victim.ktime_ns), may_drop=True)
+            heartbeat_ns, next_ns = self._heartbeat_ns + HEARTBEAT_NS, self._schedule.next_ns()
+            until_ns = heartbeat_ns if next_ns is None else min(next_ns, heartbeat_ns)
+            is_calm = not self._poller.wait(until_ns - now_ns)
             while self._unsent and link.send(self._link_fd, self._unsent[0]):
                 self._unsent.pop(0)
-            if self._link_fd in ready:
-                message = link.receive(self._link_fd)
-                if message == b"":
-                    return
-                if message:
-                    self._on_message(message)
-            if not ready:
+            if is_calm:
                 gc.collect(0)
+
+    def _drain(self) -> None:
+        if self._bpf:
+            self._bpf.drain()
+            self._confirm_all()
+
+    def _stirred(self, governed: Governed) -> None:
+        victim = governed.poll.stirred(time.monotonic_ns())
+        if victim and not self._bpf:  # which tells of it by itself, and of whom
+            self._tell(link.encode_record(victim.encode(), victim.ktime_ns), may_drop=True)
+        self._plan(governed)
+
+    def _hear(self) -> None:
+        message = link.receive(self._link_fd)
+        self._is_over = message == b""
+        if message:
+            self._on_message(message)
 
     def restore(self) -> None:
         """Undo every turn, in every memcg of the instance."""

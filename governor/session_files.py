@@ -150,7 +150,7 @@ def _find(patterns: list[Pattern]) -> Iterator[Found]:
     seen: set[tuple[int, int]] = set()
     for pattern in patterns:
         try:
-            root = _open_directory(pattern.fixed)
+            root = open_directory(pattern.fixed)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -162,7 +162,7 @@ def _find(patterns: list[Pattern]) -> Iterator[Found]:
             os.close(root)
 
 
-def _open_directory(path: str) -> int:
+def open_directory(path: str) -> int:
     """Open a path that had no links when the pattern was read; a link that came since raises OSError."""
     fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.split("/"):

@@ -141,6 +141,11 @@ class Target:
         """Of its memcg."""
         return self._memcg.cgroup_id
 
+    @property
+    def policy(self) -> Policy:
+        """By which it is governed now."""
+        return self._policy
+
     # Its begin and end
 
     def begin(self) -> None:
@@ -170,8 +175,7 @@ class Target:
         if self._decisions.state.phase is Phase.HELD and not wanted.brakes:
             self._executor.usual_levels()
             self._decisions.feed(model.Thawed())
-        text = f"policy {wanted.name!r} was read again from {self._guard.policy}"
-        self.note("policy", text, path=self._guard.policy, policy=plain(wanted))
+        self.note("policy", f"policy {wanted.name!r} from now on", policy=plain(wanted))
 
     def finishing(self) -> bool:
         """Whether to go on for the archive of an agent that has ended: who stops us with it must not lose that."""
@@ -189,6 +193,12 @@ class Target:
     def close(self) -> None:
         """Once reflex has let go of it: nobody is told of it any more."""
         self._subscribers.close()
+        if self._agent.pidfd >= 0:
+            self._shared.poller.unregister(self._agent.pidfd)
+            self._agent.let_go()
+        self._limits.close()
+        self._memcg.close()
+        self._journal.close()
 
     # Its turns
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -126,9 +127,11 @@ class Agent:
         self.process = subprocess.Popen(words, preexec_fn=enter, stdout=subprocess.PIPE, text=True)
         self.hear()
 
-    def hear(self) -> str:
-        """Its next line; empty once it has ended."""
+    def hear(self, within_s: float = 600.0) -> str:
+        """Its next line; empty once it has ended, "silent" when it said nothing in time."""
         assert self.process.stdout
+        if not select.select([self.process.stdout], [], [], within_s)[0]:
+            return "silent"
         return self.process.stdout.readline().strip()
 
     def go(self, total_mib: int) -> None:

@@ -20,7 +20,7 @@ WRONG = [
     (["unload", "--instance", "nope"], 1, "found no instance 'nope'"),
     (["archive", "list", "--archive-dir", "/nope"], 0, "no archives in /nope"),
     (["archive", "verify", "\x1b[2J"], 1, "found no archive '\\x1b[2J'"),
-    (["policy", "check", "/tmp"], 2, "found a directory or a device, expected a regular file"),
+    (["policy", "check", "/dev/zero"], 2, "found a directory or a device, expected a regular file"),
     (["profile", "check", "nope"], 2, "found no such file or profile"),
     (["replay", "GARBAGE"], 1, "GARBAGE:5 cannot be read: passed over\ngovernor: found no line of kind begin"),
     (["replay", "OTHER"], 1, "OTHER:1: no line of a governor journal"),

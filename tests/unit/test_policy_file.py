@@ -63,6 +63,8 @@ VALUES = [
     ("dry_run = true", lambda p: p.dry_run, True),
     ("[archive]\nkeep_count = 3", lambda p: p.archive.keep_count, 3),
     ('extends = "seed"', lambda p: p.signals.raised_interval_ns, 15 * SECOND),
+    ('[select]\nlabel = ["x.io/a=b=*", "c="]', lambda p: p.select.label, ("x.io/a=b=*", "c=")),
+    ("[select]\nopt_out = true", lambda p: p.select.opt_out, True),
     ('extends = "seed"', lambda p: p.name, "p"),
     ('name = "mine"', lambda p: p.name, "mine"),
 ]
@@ -120,6 +122,20 @@ FAULTS = [
     ('[archive]\nglobs = ["/../x"]', 2, "archive.globs", '["/../x"]', "'..'"),
     ('[archive]\nglobs = ["/"]', 2, "archive.globs", '["/"]', "globs of files"),
     ('[select]\ncgroup = ["/kubepods*"]', 2, "select.cgroup", '["/kubepods*"]', "below /sys/fs/cgroup"),
+    (
+        '[select]\npod = ["a", "ns/b"]',
+        2,
+        "select.pod",
+        '["a", "ns/b"]',
+        'without "/", such as "agent-*"; found "ns/b"',
+    ),
+    ('[select]\ncontainer = [""]', 2, "select.container", '[""]', "globs of names"),
+    ('[select]\nnamespace = "a"', 2, "select.namespace", '"a"', "a list"),
+    ('[select]\nlabel = ["app"]', 2, "select.label", '["app"]', '"key=glob", such as "app=agent-*"'),
+    ('[select]\nlabel = ["a=b", "=x"]', 2, "select.label", '["a=b", "=x"]', 'found "=x"'),
+    ('[select]\nannotation = ["a b=x"]', 2, "select.annotation", '["a b=x"]', '"key=glob"'),
+    ("[select.label]\napp = 1", 1, "select.label", "a table", "a list"),
+    ('[select]\nlabels = ["a=b"]', 2, "select.labels", '["a=b"]', 'did you mean "label"?'),
     ('name = "a b"', 1, "name", '"a b"', "a name"),
     ('extends = "sed"', 1, "extends", '"sed"', 'did you mean "seed"?'),
     ('extends = "/etc/x.toml"', 1, "extends", '"/etc/x.toml"', "a preset"),
@@ -450,6 +466,11 @@ SLOWER = ["compact.settle", "compact.cooldown", "clear_after_compact"]
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
 
+STARTS = {"globs": "~/", "cgroup": "x", "exec": "x", "label": "a=", "annotation": "x.io/a="} | dict.fromkeys(
+    ("namespace", "pod", "container"), "x-"
+)
+
+
 @st.composite
 def policies(draw):
     """A policy with every value drawn, within the rules."""
@@ -470,8 +491,9 @@ def policies(draw):
         elif key.name == "signal":
             values[path] = draw(st.sampled_from(["", "SIGUSR1", "SIGRTMIN"]))
         elif isinstance(key.default, tuple):
-            start = {"globs": "~/", "cgroup": "x", "exec": "x"}.get(key.name, "")
-            values[path] = tuple(start + text.replace("..", "") for text in draw(st.lists(ANY_TEXT, max_size=3)))
+            start = STARTS.get(key.name, "")
+            without = ".." if key.name == "globs" else "/" if start == "x-" else "\0"
+            values[path] = tuple(start + text.replace(without, "") for text in draw(st.lists(ANY_TEXT, max_size=3)))
     for tier in ("compact", "clear"):
         if values[f"{tier}.signal"]:
             values[f"{tier}.exec"] = ()

@@ -118,11 +118,24 @@ def test_levels_arrive_and_garbage_does_not():
         link.decode_from_reflex(b"\xff123")
 
 
-PURE = ("record", "policy", "model", "tiers", "ladder", "levels", "codec")
+PURE = (
+    "record",
+    "policy",
+    "model",
+    "tiers",
+    "ladder",
+    "levels",
+    "codec",
+    "schedule",
+    "pods",
+    "container",
+    "selection",
+)
 IMPURE = {"os", "time", "logging", "ctypes", "socket", "subprocess", "pathlib", "random"}
 REAL_TIME = (
     *("record", "cgroup", "limits", "levels", "subtree", "brake"),
-    *("link", "bpflib", "bpf_source", "poll_source", "governed", "real_time", "reflex"),
+    *("link", "bpflib", "bpf_source", "poll_source", "poller", "schedule", "governed"),
+    *("real_time", "reflex"),
 )
 HEAVY = {"dataclasses", "json", "pathlib", "subprocess", "logging", "socket", "asyncio", "typer", "psutil", "orjson"}
 

@@ -1,7 +1,6 @@
 """Limits and polling over fake trees; the subtree brake over real processes."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from governor import cgroup, limits, poll_source, record, subtree
 from governor.brake import FREEZE, NONE, STOP, KnobFile
 from governor.limits import Limits
 from governor.poll_source import PollSource
+from governor.poller import Poller
 from governor.record import HORIZON, Levels
 
 MIB, SECOND = 1 << 20, 1_000_000_000
@@ -41,7 +41,7 @@ def tree(tmp_path):
 
 def source_of(node):
     found = Limits(cgroup.Memcg(str(node.path)))
-    return found, PollSource(found, select.poll(), False, 0)
+    return found, PollSource(found, Poller(), False, 0, print)
 
 
 def test_the_tightest_limit_counts(tree):
@@ -148,13 +148,13 @@ def test_max_near_in_time_is_flagged(tree):
     assert source.look(Levels(), SECOND // 50, watched=False).flags & HORIZON
 
 
-class Poller:
-    """Plain files cannot be polled for POLLPRI."""
+class Registered(Poller):
+    """epoll takes no plain files."""
 
     def __init__(self):
         self.fds = set()
 
-    def register(self, fd, _):
+    def register(self, fd, on_ready, events):
         self.fds.add(fd)
 
     def unregister(self, fd):
@@ -165,8 +165,8 @@ def test_victims_of_the_oom_killer_are_told_and_a_memcg_that_is_gone_is_closed(t
     _, agent = tree
     events = agent.path / "memory.events"
     events.write_text("oom 2\noom_kill 1\n")
-    poller = Poller()
-    source = PollSource(Limits(cgroup.Memcg(str(agent.path))), poller, True, 0)
+    poller = Registered()
+    source = PollSource(Limits(cgroup.Memcg(str(agent.path))), poller, True, 0, print)
     assert source.name == poll_source.POLL  # memory.pressure is not there
     assert poller.fds == set(source.fds) != set()
     assert source.stirred(1) is None
@@ -391,3 +391,16 @@ def test_a_slot_for_another_memcg_first_lets_go_on_who_was_stopped(tmp_path, fam
     other.mkdir()
     KnobFile(str(tmp_path / "knobs")).adopt(0, str(other), 7)
     assert family.are("S", "S", "S")
+
+
+def test_a_knob_file_grows_for_whoever_has_it_open(tmp_path):
+    path = str(tmp_path / "node.knobs")
+    writer, reader = KnobFile(path), KnobFile(path)
+    for number in range(100):
+        slot = writer.free_slot()
+        writer.adopt(slot, f"/sys/fs/cgroup/pod{number}", number)
+        assert reader.slot_path(slot) == f"/sys/fs/cgroup/pod{number}"
+    assert sorted(reader.slots()) == list(range(100))
+    writer.release(7)
+    assert reader.slot_path(7) is None and reader.slot_path(10_000) is None
+    assert writer.free_slot() == 7

@@ -1,0 +1,127 @@
+"""Whose container it is, as its runtime wrote it down: the config.json of its OCI bundle. No API server is asked.
+
+containerd (NewBundle in its core/runtime/v2/bundle.go) and CRI-O (SaveToFile in its container_create.go) write the
+file before the OCI runtime makes the cgroup, so it is there once the cgroup is seen, unless a disk is slow. Docker's
+has no names of Kubernetes': its own config.v2.json has, as labels.
+
+The runtime writes these files, but pods' authors choose many of the texts: the size is bounded, no link is followed
+below the host's root, and what is not of the type or the length expected is unknown.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from governor.pods import Place
+from governor.session_files import open_directory, open_regular
+
+SIZE_MAX_BYTES = 4 << 20  # an environment, say, is a few KiB; a whole exec is limited to a quarter of the stack
+TEXT_MAX_CHARACTERS = 253  # Kubernetes' names are no longer (RFC 1123 subdomain)
+CHOICE = "GOVERNOR_POLICY"
+_SANDBOXES = ("sandbox", "podsandbox")
+_CONTAINERD = "io.containerd.runtime.v2.task/k8s.io/{id}/config.json"
+_FILES = {
+    "cri-containerd": (f"run/containerd/{_CONTAINERD}", f"run/k3s/containerd/{_CONTAINERD}"),
+    "crio": (
+        "run/containers/storage/overlay-containers/{id}/userdata/config.json",
+        "var/lib/containers/storage/overlay-containers/{id}/userdata/config.json",
+    ),
+    "docker": ("var/lib/docker/containers/{id}/config.v2.json",),
+}
+# What each runtime calls the kind of a container, the pod's namespace, its name, its UID, the container's name.
+_KEYS = (
+    (
+        *(
+            "io.kubernetes.cri.container-type",
+            "io.kubernetes.cri.sandbox-namespace",
+            "io.kubernetes.cri.sandbox-name",
+        ),
+        *("io.kubernetes.cri.sandbox-uid", "io.kubernetes.cri.container-name"),
+    ),
+    (
+        *("io.kubernetes.cri-o.ContainerType", "io.kubernetes.pod.namespace", "io.kubernetes.pod.name"),
+        *("io.kubernetes.pod.uid", "io.kubernetes.container.name"),
+    ),
+    (
+        *("io.kubernetes.docker.type", "io.kubernetes.pod.namespace", "io.kubernetes.pod.name"),
+        *("io.kubernetes.pod.uid", "io.kubernetes.container.name"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What the runtime wrote of a container; "" is unknown."""
+
+    is_sandbox: bool = False  # the pause container, which is never governed
+    namespace: str = ""
+    pod: str = ""
+    pod_uid: str = ""
+    name: str = ""
+    chosen_policy: str = ""
+
+
+def read_bundle(place: Place, host_root: str = "/") -> Bundle | None:
+    """What is written of a container on the host whose files are at `host_root`; None where there is no such file."""
+    known = _FILES.get(place.runtime)
+    for file in known or [file for files in _FILES.values() for file in files]:
+        data = _read(os.path.realpath(host_root), file.format(id=place.container_id))
+        if data is not None:
+            return parse_bundle(data)
+    return None
+
+
+def parse_bundle(data: bytes) -> Bundle:
+    """Of the contents of config.json or of Docker's config.v2.json; what is not as expected is unknown."""
+    try:
+        config = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return Bundle()
+    docker = _mapping(_mapping(config).get("Config"))
+    said = _mapping(_mapping(config).get("annotations")) or _mapping(docker.get("Labels"))
+    environment = _mapping(_mapping(config).get("process")).get("env") or docker.get("Env")
+    for keys in _KEYS:
+        if keys[0] in said:
+            kind, namespace, pod, pod_uid, name = (_text(said.get(key)) for key in keys)
+            return Bundle(kind in _SANDBOXES, namespace, pod, pod_uid, name, _choice(environment))
+    return Bundle(chosen_policy=_choice(environment))
+
+
+def _choice(environment: Any) -> str:
+    """The last one, as runc 1.2 and later take it where a variable comes twice."""
+    prefix = f"{CHOICE}="
+    entries = environment if isinstance(environment, list) else []
+    chosen = [entry for entry in entries if isinstance(entry, str) and entry.startswith(prefix)]
+    return _text(chosen[-1].removeprefix(prefix)) if chosen else ""
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= TEXT_MAX_CHARACTERS else ""
+
+
+def _read(root: str, path: str) -> bytes | None:
+    """None where there is no such file; empty when it is one that nobody should read."""
+    directory, _, name = f"{root.rstrip('/')}/{path}".rpartition("/")
+    try:
+        inside = open_directory(directory)
+    except OSError:
+        return None
+    try:
+        fd = open_regular(name, os.O_RDONLY, inside)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return b""
+    finally:
+        os.close(inside)
+    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+        data = file.read(SIZE_MAX_BYTES + 1)
+    return data if len(data) <= SIZE_MAX_BYTES else b""

@@ -1,0 +1,189 @@
+"""`governor daemon` on a real kernel: memcgs where a kubelet makes them, bundles as a runtime writes them."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import INSTANCE, Container, in_a_fork
+
+from governor import cgroup
+from tests.waiting import wait_for
+
+SELECTS = '[select]\nnamespace = ["agents"]\n\n[archive]\nglobs = ["{sessions}/*.jsonl"]\n'
+BUNDLE = "run/containerd/io.containerd.runtime.v2.task/k8s.io/{id}/config.json"
+
+
+class Node:
+    """A kubelet's part of the cgroup tree, a runtime's bundles, and the daemon."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path, self.host = tmp_path, tmp_path / "host"
+        self.policies, self.state = tmp_path / "policies", tmp_path / "state"
+        self.policies.mkdir()
+        (self.policies / "10-agents.toml").write_text(SELECTS.format(sessions=tmp_path))
+        self.root = Path(cgroup.ROOT, "kubepods")
+        self.pods, self.daemons, self.numbers = [], [], itertools.count()
+        self.directory(self.root)
+        self.directory(self.root / "burstable")
+
+    def directory(self, path):
+        path.mkdir(exist_ok=True)
+        (path / "cgroup.subtree_control").write_text("+memory +pids")
+
+    def pod(self, limit_mib, namespace="agents", kind="container", pod_limit_mib=0):
+        number = next(self.numbers)
+        above = Container(f"pod{uuid.UUID(int=number)}", pod_limit_mib, parent=self.root / "burstable")
+        self.directory(above.path)
+        container_id = f"{number:064x}"
+        said = {"container-type": kind, "sandbox-namespace": namespace, "container-name": "agent"}
+        said |= {"sandbox-name": f"pod-{number}"}
+        bundle = self.host / BUNDLE.format(id=container_id)
+        bundle.parent.mkdir(parents=True)
+        annotations = {f"io.kubernetes.cri.{key}": value for key, value in said.items()}
+        bundle.write_text(json.dumps({"annotations": annotations, "process": {"env": []}}))
+        inner = Container(container_id, limit_mib, parent=above.path)
+        inner.id = container_id
+        self.pods += [inner, above]
+        return inner
+
+    def daemon(self, *options):
+        argv = ["governor", "daemon", "--policies", self.policies, "--state", self.state, "--host-root", self.host]
+        argv = [str(word) for word in (*argv, "--instance", INSTANCE, *options)]
+        with (self.tmp_path / "daemon.log").open("ab") as log:
+            self.daemons.append(subprocess.Popen(argv, stdout=log, stderr=log, preexec_fn=in_a_fork(argv)))
+        self.process = self.daemons[-1]
+        return self
+
+    def log(self):
+        return (self.tmp_path / "daemon.log").read_text()
+
+    def lines(self, pod, kind):
+        path = self.state / ("journal-node.ndjson" if pod is None else f"containers/{pod.id}.ndjson")
+        if not path.exists():
+            return []
+        read = map(json.loads, path.read_bytes().rpartition(b"\n")[0].splitlines())
+        return [line for line in read if line["kind"] == kind]
+
+    def await_line(self, pod, kind, seconds=60):
+        try:
+            return wait_for(lambda: self.lines(pod, kind), seconds, f"a line {kind}")[-1]
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{self.log()}") from None
+
+    def stop(self, process):
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=30)
+
+    def close(self):
+        for process in self.daemons:
+            self.stop(process)
+        for pod in self.pods:
+            pod.close()
+        for path in (self.root / "burstable", self.root):
+            path.rmdir()
+        print(self.log())
+
+
+@pytest.fixture
+def node(tmp_path, loaded):
+    made = Node(tmp_path)
+    yield made
+    made.close()
+
+
+def test_only_who_is_selected_is_saved_and_the_others_go_on(node, tmp_path):
+    first, second, stranger = node.pod(128), node.pod(128), node.pod(128, namespace="shop")
+    sandbox = node.pod(64, kind="sandbox")
+    agents = [pod.agent(tmp_path / f"{name}.jsonl", "touch") for name, pod in (("first", first), ("second", second))]
+    victim = stranger.agent(tmp_path / "stranger.json", "touch")
+    sandbox.start("sleep", "600")
+    node.daemon()
+    for pod in (first, second):
+        assert node.await_line(pod, "protecting")["source"] == "bpf"
+        node.await_line(pod, "agent")
+    late = node.pod(128)
+    third = late.agent(tmp_path / "late.jsonl", "touch")
+    assert node.await_line(late, "protecting")["source"] == "bpf"
+    node.await_line(late, "agent")
+
+    agents[0].go()
+    assert agents[0].wait(timeout=60) == 143, node.log()
+    assert (tmp_path / "first.jsonl.saved").exists()
+    assert first.events()["oom_kill"] == 0
+    third.go()
+    assert third.wait(timeout=60) == 143, node.log()
+    victim.go()
+    assert victim.wait(timeout=60) == -signal.SIGKILL  # the kernel's: nobody selected it
+    assert agents[1].poll() is None
+    governed = {line["container"]["pod"] for line in node.lines(None, "governed")}
+    assert governed == {"pod-0", "pod-1", "pod-4"}
+    assert "No such" not in node.log()
+
+
+def test_a_container_that_goes_is_let_go_and_its_slot_is_used_again(node):
+    node.daemon()
+    node.await_line(None, "begun")
+    for _ in range(3):
+        pod = node.pod(64)
+        pod.start("sleep", "600")
+        assert node.await_line(pod, "protecting")["source"] == "bpf"
+        pod.close()
+        node.await_line(pod, "memcg_gone")
+    assert [line["slot"] for line in node.lines(None, "governed")] == [0, 0, 0]
+    descriptors = len(os.listdir(f"/proc/{node.process.pid}/fd"))
+    pod = node.pod(64)
+    pod.start("sleep", "600")
+    node.await_line(pod, "protecting")
+    pod.close()
+    node.await_line(pod, "memcg_gone")
+    wait_for(lambda: len(os.listdir(f"/proc/{node.process.pid}/fd")) <= descriptors)
+
+
+def test_a_dry_run_touches_nothing(node, tmp_path):
+    pod = node.pod(96)
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20")
+    node.daemon("--dry-run")
+    node.await_line(pod, "agent")
+    agent.go()
+    assert agent.wait(timeout=120) == -signal.SIGKILL
+    assert node.await_line(pod, "dry_run")
+    assert not list((node.state / "archive").glob("*"))
+
+
+def test_policies_are_read_again(node):
+    pod = node.pod(64, namespace="shop")
+    pod.start(sys.executable, "-c", "import time; time.sleep(600)")
+    node.daemon()
+    node.await_line(None, "begun")
+    policy = node.policies / "20-shop.toml"
+    policy.write_text('[select]\nnamespace = ["shop"]\n')
+    node.process.send_signal(signal.SIGHUP)
+    assert node.await_line(pod, "protecting")
+    policy.write_text("[select]\nnamespace = 7\n")
+    node.process.send_signal(signal.SIGHUP)
+    assert "20-shop.toml:2" in node.await_line(None, "policy_refused")["text"]
+    policy.unlink()
+    node.process.send_signal(signal.SIGHUP)
+    node.await_line(None, "let_go")
+
+
+def test_a_daemon_that_was_killed_leaves_nobody_frozen_and_is_followed(node, tmp_path):
+    pod = node.pod(128)
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20")
+    node.daemon()
+    node.await_line(pod, "agent")
+    node.process.kill()
+    node.process.wait()
+    node.daemon()
+    wait_for(lambda: len(node.lines(pod, "begin")) == 2, 60)
+    wait_for(lambda: len(node.lines(pod, "protecting")) == 2, 60)
+    agent.go()
+    assert agent.wait(timeout=60) == 143, node.log()
+    assert "frozen 0" in pod.read("cgroup.events")
