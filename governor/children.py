@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -180,8 +180,12 @@ class Children:
             self._poller.unregister(fd)
 
 
-def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False) -> Child:
+def fork(
+    work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False, keep: Collection[int] = ()
+) -> Child:
     """Run `work` in a fork of this process: it starts at once, with everything imported.
+
+    It has the descriptors to `keep`, which are above 3, and no others of this process.
 
     What it returns becomes the child's output. An exception becomes exit status 1 with its text as output, Deferred
     becomes 75.
@@ -191,7 +195,7 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bo
     if pid == 0:
         status, output = 1, b""
         try:
-            _become_child(write_fd)
+            _become_child(write_fd, keep)
             output = work()
             status = 0
         except Deferred as error:
@@ -231,11 +235,15 @@ def spawn(
     return fork(work, deadline_ns, what, is_delivery=True)
 
 
-def _become_child(write_fd: int) -> None:
-    """A process group of its own, usual signals, and none of the parent's descriptors but the pipe."""
+def _become_child(write_fd: int, keep: Collection[int]) -> None:
+    """A process group of its own, usual signals, none of the parent's descriptors but the pipe and those to keep."""
+    assert all(fd > _PIPE_FD for fd in keep)
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    os.closerange(_PIPE_FD + 1, 4096)
+    first_fd = _PIPE_FD + 1
+    for kept_fd in (*sorted(keep), 4096):
+        os.closerange(first_fd, kept_fd)
+        first_fd = kept_fd + 1

@@ -38,6 +38,7 @@ from governor.policy_cli import policy_app
 from governor.profile_cli import profile_app
 from governor.run_cli import run
 from governor.run_streams import fill_standard_streams
+from governor.status_cli import status
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -54,6 +55,7 @@ app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
 app.add_typer(profile_app, name="profile")
 app.command(context_settings={"allow_interspersed_args": False})(run)
+app.command()(status)
 
 _UNREADABLE_SHOWN = 5
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
