@@ -119,6 +119,31 @@ def test_one_that_came_again_under_its_path_is_told_of_as_another(root, found):
     assert [type(event) for event in found.drain(2)] == [Gone, Appeared]
 
 
+def test_one_that_was_replaced_unseen_is_another_at_the_rescan(root, found):
+    path = made(root, f"{pod_of(1)}/{id_of(1)}")
+    found.drain(1)
+    other = made(root, "other")
+    os.rmdir(path)
+    os.rename(other, path)  # inode numbers of removed directories may come again, this one cannot
+    assert os.read(found.fd, 4096)
+    assert [type(event) for event in found.drain(discovery.RESCAN_NS)] == [Gone, Appeared]
+
+
+def test_one_made_while_its_pod_is_looked_at_appears_once(root, found, monkeypatch):
+    list_directories = discovery._directories
+
+    def slow(path):
+        """Between the watch and the list: seen by both."""
+        if "/pod" in path:
+            os.mkdir(f"{path}/{id_of(1)}")
+        return list_directories(path)
+
+    monkeypatch.setattr(discovery, "_directories", slow)
+    made(root, pod_of(1))
+    assert [type(event) for event in found.drain(1)] == [Appeared]
+    assert found.drain(2) == []
+
+
 @pytest.mark.parametrize("through", ["inotify", "rescan"])
 def test_a_pod_that_is_moved_takes_its_containers_along(root, found, through):
     path = made(root, f"{pod_of(1)}/{id_of(1)}")
