@@ -23,6 +23,7 @@ from governor.discovery import Appeared, Discovery, Gone
 from governor.guard import Guard
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
+from governor.observation import Observation
 from governor.pods import Place
 from governor.policy import Policy, Source
 
@@ -45,6 +46,7 @@ class Wanted:
     source: str = Source.AUTO.value
     bpf_refused: str = ""  # why the programs are not to be loaded
     unload_at_end: bool = True
+    listen: str = ""  # where /metrics, /healthz and /readyz are answered; "": nowhere
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Node:
         self._policies = policy_directory.load(Path(wanted.policies))
         self.loop = Loop(wanted.instance, wanted.knob_path, Source(wanted.source), wanted.bpf_refused)
         self.loop.is_lasting, self.loop.unload_at_end = True, wanted.unload_at_end
-        self.loop.note, self.loop.reload, self.loop.on_turn = self.note, self._read_policies_again, self._look
+        self.loop.note, self.loop.reload, self.loop.on_turn = self.note, self._read_policies_again, self._turn
         self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
         self._discovery = Discovery(wanted.cgroup_root, time.monotonic_ns())
         if self._discovery.fd >= 0:
@@ -74,6 +76,7 @@ class Node:
         self._known: dict[str, _Known] = {}  # by path
         self._unread: set[str] = set()  # of those, the ones whose bundle was not there yet
         self._blind = ""
+        self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
         """Until SIGTERM; the status to exit with."""
@@ -87,7 +90,10 @@ class Node:
             self.loop.knob_file.release(slot)
         names = ", ".join(policy.name for policy in self._in_order()) or "none"
         self.note("begun", f"policies: {names}{'; dry run' if self._wanted.dry_run else ''}")
-        self.loop.run()
+        try:
+            self.loop.run()
+        finally:
+            self._observation.close()
         return self.loop.status
 
     def note(self, kind: str, text: str, **fields: object) -> None:
@@ -114,9 +120,14 @@ class Node:
 
     # Containers
 
+    def _turn(self, now_ns: int) -> None:
+        self._look(now_ns)
+        self._observation.turn(now_ns)
+
     def _look(self, now_ns: int) -> None:
         if now_ns >= self._discovery.due_ns:
             self._discover()
+            self.loop.tally.scanned(time.monotonic_ns() - now_ns)
         for path in list(self._unread):
             self._choose(path)
 
@@ -124,10 +135,12 @@ class Node:
         for event in self._discovery.drain(time.monotonic_ns()):
             match event:
                 case Appeared(path=path, place=place):
+                    self.loop.tally.found += 1
                     with suppress(OSError):  # gone again
                         self._known[path] = _Known(place, os.lstat(path).st_ino, time.monotonic_ns())
                         self._choose(path)
                 case Gone(path=path):
+                    self.loop.tally.gone += 1
                     self._unread.discard(path)
                     if (known := self._known.pop(path, None)) and known.slot is not None:
                         self.loop.look_at(known.slot)  # what was begun for it is brought to its end
@@ -159,12 +172,15 @@ class Node:
             return
         if choice.policy is not None:
             self._govern(path, known, container, choice)
+        else:
+            self.loop.tally.not_selected += 1
 
     def _govern(self, path: str, known: _Known, container: Container, choice: selection.Choice) -> None:
         assert choice.policy
         try:
             lock_fd = instance.lock(guard_options.lock_name(known.cgroup_id))
         except instance.Busy as busy:
+            self.loop.tally.not_governed += 1
             self.note("busy", f"{_shown(container)}: guarded by process {busy.pid} already", cgroup=path)
             return
 
@@ -185,10 +201,11 @@ class Node:
             policy=choice.policy.name,
         )
         try:
-            self.loop.add(guard, slot, choice.policy, None, dropped)
+            self.loop.add(guard, slot, choice.policy, None, dropped, container)
         except OSError as error:
             os.close(lock_fd)
             why = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            self.loop.tally.not_governed += 1
             self.note("not_governed", f"{_shown(container)}: {why}", cgroup=path)
             return
         known.slot = slot
@@ -236,7 +253,7 @@ def main() -> int:
     wanted = Wanted(**orjson.loads(sys.argv[1]))
     try:
         node = Node(wanted)
-    except (OSError, policy_directory.PoliciesError) as error:
+    except (OSError, ValueError, policy_directory.PoliciesError) as error:
         say(f"cannot govern this node: {error}")
         if wanted.unload_at_end:
             pins.unload(wanted.instance)
