@@ -37,8 +37,9 @@ _FORMAT_NS = 10 * SECOND  # what Prometheus waits for, unless told otherwise
 _GAP_NS = SECOND  # from one child's end to the next one
 _READ_S = 2.0  # for the answer
 _TEXT = "text/plain; charset=utf-8"
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0"  # else plain; a version of theirs is not parsed here
 
-Exposition = Callable[[str], tuple[str, bytes]]  # by the Accept header: the content type, and the text
+Exposition = Callable[[str], tuple[str, bytes]]  # by the type wanted ("": plain): the content type, and the text
 
 
 @dataclass(slots=True, eq=False)
@@ -139,8 +140,8 @@ class HttpEndpoint:
         elif sum(one.accept is not None for one in self._clients.values()) >= _SCRAPERS_LIMIT:
             self._answer(client, 503, "too many wait for metrics already\n")
         else:
-            values = (value for name, value in request.headers if name == b"accept")
-            client.accept = b",".join(values).decode("latin-1")
+            wanted = b",".join(value for name, value in request.headers if name == b"accept")
+            client.accept = _OPENMETRICS if _OPENMETRICS.partition(";")[0].encode() in wanted else ""
             client.deadline_ns = time.monotonic_ns() + _WAIT_NS
             self._poller.unregister(client.connection.fileno())  # which may stay readable for as long
             self._format(time.monotonic_ns())

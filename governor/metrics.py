@@ -149,7 +149,7 @@ class Exported(Collector):
 
 
 def exposition(exported: Exported, governor_pid: int, reflex_pid: int | None, accept: str) -> tuple[str, bytes]:
-    """The content type that the scraper's Accept header asks for, and the text."""
+    """The content type that `accept`, as of an HTTP header of our own, asks for, and the text."""
     registry = CollectorRegistry()
     registry.register(exported)
     ProcessCollector(pid=lambda: governor_pid, registry=registry)

@@ -145,6 +145,23 @@ def test_health(served, changed, healthy, ready, said):
     assert said in body
 
 
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/plain;version=x",
+        "application/openmetrics-text;version=1.0.0\t",
+        "application/openmetrics-text;version=9.x;escaping=a",
+        "a," * 1500,
+    ],
+)
+def test_no_scraper_can_ask_for_what_breaks_the_answer_of_others(served, accept):
+    exported = Exported(Tally(), [], 0)
+    served.endpoint.exposition = lambda wanted: exposition(exported, os.getpid(), None, wanted)
+    status, _, body = served.get("/metrics", accept)
+    assert status == 200
+    assert "governor_build_info" in body
+
+
 def test_who_never_ends_its_request_loses_its_place_in_time_and_to_who_comes_later(served, monkeypatch):
     monkeypatch.setattr(http_endpoint, "_REQUEST_NS", SECOND // 2)
     slow = [served.connect(b"GET /healthz HTTP/1.1\r\nHo") for _ in range(40)]
