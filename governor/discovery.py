@@ -184,6 +184,8 @@ class Discovery:
             self._watch(level)
             for name in _directories(level):
                 inner = f"{level.rstrip('/')}/{name}"
+                if inner in self._ids:
+                    continue
                 below = self._below(inner)
                 if place := place_of(below):
                     self._take_container(inner, place)

@@ -78,7 +78,7 @@ class Exported(Collector):
             ("containers_found", "Containers that discovery found", tally.found),
             ("containers_gone", "Containers that went", tally.gone),
             ("containers_not_selected", "Times that no policy selected a container", tally.not_selected),
-            ("containers_not_governed", "Containers that are selected and could not be governed", tally.not_governed),
+            ("containers_not_governed", "Times that a selected container could not be governed", tally.not_governed),
             ("discovery_scans", "Looks of discovery at the whole tree", tally.scans),
             ("discovery_scan_seconds", "Time that these took", tally.scan_ns / _SECOND),
         ):

@@ -1,6 +1,6 @@
 """`governor daemon`: every container of a node that a policy selects, governed from outside.
 
-Finds the containers, asks the policies, and adds a target to the loop for each that one selects; whoever is not
+Follows the containers, asks the policies, and adds a target to the loop for each that one selects; whoever is not
 selected is not touched. What becomes of a target is the loop's; nothing here decides about memory.
 """
 
@@ -17,19 +17,19 @@ from pathlib import Path
 import orjson
 
 from governor import cgroup, guard_options, instance, pins, policy_directory, selection, state_file
-from governor.bundle import Bundle, read_bundle
+from governor.census import Census, Known
 from governor.container import Container
-from governor.discovery import Appeared, Discovery, Gone
+from governor.discovery import Gone
 from governor.guard import Guard
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
 from governor.observation import Observation
-from governor.pods import Place
 from governor.policy import Policy, Source
+from governor.policy_directory import PoliciesError
 
 _DESCRIPTORS = 1 << 16  # a target has about ten
 _JOURNALS, _JOURNALS_KEPT = "containers", 256
-_UNKNOWN_NS = 5_000_000_000  # so long a container may be without a bundle; then its path alone has to do
+_AGAIN_NS = 30_000_000_000  # until a container that could not be governed is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,12 @@ class Wanted:
 
 
 @dataclass(slots=True)
-class _Known:
-    """A container that is there; `slot` None: not governed."""
+class _There:
+    """A container that is there."""
 
-    place: Place
-    cgroup_id: int
-    since_ns: int
-    slot: int | None = None
+    container: Container
+    slot: int | None = None  # None: not governed
+    again_ns: int | None = None  # it should be, and could not be: to be tried again then
 
 
 class Node:
@@ -66,16 +65,14 @@ class Node:
         """Raises OSError, PoliciesError."""
         self._wanted = wanted
         self._policies = policy_directory.load(Path(wanted.policies))
+        self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
         self.loop = Loop(wanted.instance, wanted.knob_path, Source(wanted.source), wanted.bpf_refused)
         self.loop.is_lasting, self.loop.unload_at_end = True, wanted.unload_at_end
         self.loop.note, self.loop.reload, self.loop.on_turn = self.note, self._read_policies_again, self._turn
-        self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
-        self._discovery = Discovery(wanted.cgroup_root, time.monotonic_ns())
-        if self._discovery.fd >= 0:
-            self.loop.poller.register(self._discovery.fd, lambda _: self._discover())
-        self._known: dict[str, _Known] = {}  # by path
-        self._unread: set[str] = set()  # of those, the ones whose bundle was not there yet
-        self._blind = ""
+        now_ns = time.monotonic_ns()
+        self._census = Census(wanted.cgroup_root, now_ns, lambda text: self.note("census", text), wanted.host_root)
+        self._polled: list[int] = []
+        self._there: dict[str, _There] = {}  # by path
         self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
@@ -110,112 +107,109 @@ class Node:
         return [self._as_asked(loaded.policy) for loaded in self._policies.values()]
 
     def _as_asked(self, policy: Policy) -> Policy:
-        policy = replace(policy, dry_run=policy.dry_run or self._wanted.dry_run)
-        return replace(policy, signals=replace(policy.signals, source=Source(self._wanted.source)))
+        signals = replace(policy.signals, source=Source(self._wanted.source))  # one source for the whole node
+        return replace(policy, dry_run=policy.dry_run or self._wanted.dry_run, signals=signals)
 
     def _read_policies_again(self) -> None:
         self._policies = policy_directory.reload(self._policies, Path(self._wanted.policies), self.note)
-        for path in list(self._known):
-            self._choose(path)
+        for there in list(self._there.values()):
+            self._choose(there)
 
     # Containers
 
     def _turn(self, now_ns: int) -> None:
-        self._look(now_ns)
         self._observation.turn(now_ns)
-
-    def _look(self, now_ns: int) -> None:
-        if now_ns >= self._discovery.due_ns:
-            self._discover()
+        if now_ns >= self._census.due_ns:
+            self._heed_census()
             self.loop.tally.scanned(time.monotonic_ns() - now_ns)
-        for path in list(self._unread):
-            self._choose(path)
+        for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
+            self._choose(there)
 
-    def _discover(self) -> None:
-        for event in self._discovery.drain(time.monotonic_ns()):
+    def _heed_census(self) -> None:
+        for fd in self._polled:  # drain() may close one, and open another of its number
+            self.loop.poller.unregister(fd)
+        events = self._census.drain(time.monotonic_ns())
+        self._polled = self._census.fds
+        for fd in self._polled:
+            self.loop.poller.register(fd, lambda _: self._heed_census())
+        for event in events:
             match event:
-                case Appeared(path=path, place=place):
-                    self.loop.tally.found += 1
-                    with suppress(OSError):  # gone again
-                        self._known[path] = _Known(place, os.lstat(path).st_ino, time.monotonic_ns())
-                        self._choose(path)
+                case Known(container=container):
+                    self.loop.tally.found += container.cgroup not in self._there
+                    there = self._there.setdefault(container.cgroup, _There(container))
+                    there.container = container
+                    self._choose(there)
                 case Gone(path=path):
-                    self.loop.tally.gone += 1
-                    self._unread.discard(path)
-                    if (known := self._known.pop(path, None)) and known.slot is not None:
-                        self.loop.look_at(known.slot)  # what was begun for it is brought to its end
-        if self._discovery.blind != self._blind:
-            self._blind = self._discovery.blind
-            self.note("blind", self._blind or "all containers are seen at once again")
+                    gone = self._there.pop(path, None)
+                    self.loop.tally.gone += gone is not None
+                    if gone and gone.slot is not None:
+                        self.loop.look_at(gone.slot)  # what was begun for it is brought to its end
 
-    def _choose(self, path: str) -> None:
+    def _choose(self, there: _There) -> None:
         """Govern it, or not, as the policies have it now."""
-        known = self._known[path]
-        bundle = read_bundle(known.place, self._wanted.host_root)
-        if bundle is None and time.monotonic_ns() - known.since_ns < _UNKNOWN_NS:
-            self._unread.add(path)
-            return
-        self._unread.discard(path)
-        if bundle and bundle.is_sandbox:
-            return
-        container = _container(path, known.place, bundle or Bundle())
-        choice = selection.choose(self._in_order(), container)
+        there.again_ns = None
+        choice = selection.choose(self._in_order(), there.container)
+        shown, path = _shown(there.container), there.container.cgroup
         for refused in choice.refused:
-            self.note("wish_refused", f"{_shown(container)}: {refused}", cgroup=path)
-        if known.slot is not None and (target := self.loop.targets.get(known.slot)):
-            if choice.policy is None:
-                self.note("let_go", f"{_shown(container)}: not governed any more: {choice.reason}", cgroup=path)
-                self.loop.drop(target)
-                known.slot = None
-            elif choice.policy != target.policy:
-                target.policy_again(choice.policy)
-            return
-        if choice.policy is not None:
-            self._govern(path, known, container, choice)
-        else:
+            self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
+        target = self.loop.targets.get(there.slot) if there.slot is not None else None
+        if target:
+            target.known_as(there.container)
+        if choice.policy is None:
             self.loop.tally.not_selected += 1
+            if target:
+                self.note("let_go", f"{shown}: not governed any more: {choice.reason}", cgroup=path)
+                self.loop.drop(target)
+        elif target is None:
+            self._govern(there, choice.policy, choice.reason)
+        elif choice.policy != target.policy:
+            target.policy_again(choice.policy)
 
-    def _govern(self, path: str, known: _Known, container: Container, choice: selection.Choice) -> None:
-        assert choice.policy
-        try:
-            lock_fd = instance.lock(guard_options.lock_name(known.cgroup_id))
-        except instance.Busy as busy:
-            self.loop.tally.not_governed += 1
-            self.note("busy", f"{_shown(container)}: guarded by process {busy.pid} already", cgroup=path)
-            return
-
-        def dropped() -> None:
-            os.close(lock_fd)
-            known.slot = None
-            if not Path(path).exists():  # a container's path never comes again
-                self._forget(path)
-
-        os.set_inheritable(lock_fd, False)
+    def _govern(self, there: _There, policy: Policy, reason: str) -> None:
+        shown, path = _shown(there.container), there.container.cgroup
         slot = self.loop.knob_file.free_slot()
-        guard = Guard(
-            cgroup=path,
+        lock_fd = -1
+        try:
+            lock_fd = instance.lock(guard_options.lock_name(Path(path).stat().st_ino))
+            os.set_inheritable(lock_fd, False)
+            guard = self._guard(there.container, policy)
+            self.loop.add(guard, slot, policy, None, lambda: self._dropped(there, lock_fd), there.container)
+        except FileNotFoundError:  # gone again
+            pass
+        except instance.Busy as busy:
+            there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
+            self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
+        except OSError as error:
+            there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
+            self.note("not_governed", f"{shown}: {error.strerror}: {error.filename}", cgroup=path)
+        else:
+            there.slot = slot
+            text = f"{shown}: governed by policy {policy.name!r}: {reason}"
+            self.note("governed", text, cgroup=path, slot=slot, container=asdict(there.container))
+            return
+        if lock_fd >= 0:
+            os.close(lock_fd)
+
+    def _guard(self, container: Container, policy: Policy) -> Guard:
+        return Guard(
+            cgroup=container.cgroup,
             instance=self._wanted.instance,
             knob_path=self._wanted.knob_path,
             archive_directory=f"{self._wanted.state}/archive",
-            journal_path=f"{self._wanted.state}/{_JOURNALS}/{known.place.container_id}.ndjson",
-            policy=choice.policy.name,
+            journal_path=f"{self._wanted.state}/{_JOURNALS}/{container.container_id}.ndjson",
+            policy=policy.name,
         )
-        try:
-            self.loop.add(guard, slot, choice.policy, None, dropped, container)
-        except OSError as error:
-            os.close(lock_fd)
-            why = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            self.loop.tally.not_governed += 1
-            self.note("not_governed", f"{_shown(container)}: {why}", cgroup=path)
-            return
-        known.slot = slot
-        text = f"{_shown(container)}: governed by policy {choice.policy.name!r}: {choice.reason}"
-        self.note("governed", text, cgroup=path, slot=slot, container=asdict(container))
 
-    def _forget(self, path: str) -> None:
-        """What was remembered of a container that is gone; its journal stays, as one of so many."""
-        with suppress(OSError):
-            state_file.path_for(path).unlink(missing_ok=True)
+    def _dropped(self, there: _There, lock_fd: int) -> None:
+        """The loop has let go of it."""
+        os.close(lock_fd)
+        there.slot = None
+        if Path(there.container.cgroup).exists():
+            return
+        with suppress(OSError):  # a container's path never comes again
+            state_file.path_for(there.container.cgroup).unlink(missing_ok=True)
         journals = sorted(Path(self._wanted.state, _JOURNALS).glob("*.ndjson"), key=_changed_s)
         for journal in journals[:-_JOURNALS_KEPT]:
             for file in (journal, *journal.parent.glob(f"{journal.name}.*")):
@@ -229,19 +223,6 @@ def _changed_s(path: Path) -> float:
         return 0
 
 
-def _container(path: str, place: Place, bundle: Bundle) -> Container:
-    return Container(
-        cgroup=path,
-        container_id=place.container_id,
-        pod_uid=bundle.pod_uid or place.pod_uid,
-        qos=place.qos,
-        namespace=bundle.namespace,
-        pod=bundle.pod,
-        name=bundle.name,
-        chosen_policy=bundle.chosen_policy,
-    )
-
-
 def _shown(container: Container) -> str:
     """For people: namespace/pod/container, as far as that is known, and the beginning of its id."""
     names = "/".join(part for part in (container.namespace, container.pod, container.name) if part)
@@ -253,7 +234,7 @@ def main() -> int:
     wanted = Wanted(**orjson.loads(sys.argv[1]))
     try:
         node = Node(wanted)
-    except (OSError, ValueError, policy_directory.PoliciesError) as error:
+    except (OSError, ValueError, PoliciesError) as error:
         say(f"cannot govern this node: {error}")
         if wanted.unload_at_end:
             pins.unload(wanted.instance)

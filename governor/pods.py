@@ -21,9 +21,8 @@ _QOS = (BURSTABLE, BESTEFFORT)
 _ROOT = re.compile(r"(?:(?:[^/]+-)?kubepods\.slice|kubepods)")
 # Runtimes' helpers have scopes beside the containers', such as crio-conmon-ID: no other prefix is a container.
 _CONTAINER = re.compile(r"(?:(cri-containerd|crio|docker)-)?([0-9a-f]{64})")
-_UID = re.compile(
-    r"[0-9A-Za-z_.-]{1,128}"
-)  # usually a UUID; of a static pod the kubelet's hash, or its author's text
+# Usually a UUID; of a static pod the kubelet's hash, or what its author wrote.
+_UID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
 _SCOPE = ".scope"
 _SLICE = ".slice"
 

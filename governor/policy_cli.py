@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from governor import policy_directory, policy_explain, policy_file
-from governor.cli_common import JsonOption, by_table, load_or_exit, out, say_faults
+from governor.cli_common import JsonOption, by_table, fail, load_or_exit, out, say_faults
+from governor.container import Container
 from governor.journal import printable
 from governor.policy_directory import PoliciesError
 from governor.policy_file import Loaded, PolicyError
@@ -58,12 +59,21 @@ def _loaded(policy: str) -> policy_directory.Policies:
 
 @policy_app.command()
 def explain(
+    pod: Annotated[
+        str,
+        typer.Argument(
+            metavar="[POD]", help="NAMESPACE/POD[/CONTAINER], a cgroup, or the begin of a container's id."
+        ),
+    ] = "",
     described: Annotated[
-        str, typer.Option("--as", metavar="FILE", help="The container that this JSON object describes.")
-    ],
+        str, typer.Option("--as", metavar="FILE", help="Instead the container that this JSON object describes.")
+    ] = "",
     policies: Annotated[
         Path, typer.Option(metavar="DIRECTORY", help="The policies to choose from.")
     ] = policy_directory.DIRECTORY,
+    host_root: Annotated[
+        str, typer.Option(help="Where the files of the node are, as its container runtime's.")
+    ] = "/",
     json: JsonOption = False,
 ) -> None:
     """Say which policy a container gets, which wishes of its pod count, and why the other policies are not for it.
@@ -71,25 +81,48 @@ def explain(
     The fields of --as, all optional: cgroup, container_id, pod_uid, qos, namespace, pod, name, chosen_policy (what
     GOVERNOR_POLICY in its environment says), and the objects labels and annotations.
 
-    Exits 0 if it is governed, 3 if not, 2 for bad policies or a bad description.
+    Exits 0 if it is governed (of a pod: one of its containers), 3 if not, 2 for bad policies or a bad description.
 
-    Example: governor policy explain --policies policies/ --as agent.json
+    Example: governor policy explain agents/claude-0
     """
-    container = load_or_exit(policy_explain.read_container, described)
+    if bool(pod) == bool(described):
+        fail("expected either a POD or --as FILE", 2)
     try:
         known = policy_directory.load(policies)
     except PoliciesError as error:
         for each in error.errors:
             say_faults(each)
         raise typer.Exit(2) from None
-    choice = choose([loaded.policy for loaded in known.values()], container)
-    if json:
-        typer.echo(dumps(policy_explain.as_object(container, choice, known)))
-    else:
+    containers = [load_or_exit(policy_explain.read_container, described)] if described else _found(pod, host_root)
+    governed = False
+    for container in containers:
+        choice = choose([loaded.policy for loaded in known.values()], container)
+        governed = governed or choice.policy is not None
+        if json:
+            typer.echo(dumps(policy_explain.as_object(container, choice, known)))
+            continue
         for line in policy_explain.answer(container, choice, known):
             out(line)
-    if not choice.policy:
+    if not governed:
         raise typer.Exit(_NOT_GOVERNED)
+
+
+def _found(pod: str, host_root: str) -> list[Container]:
+    """The containers that are meant, with all that can be known of them; exits where there is none."""
+    from governor import node_containers
+
+    root = node_containers.root()
+    here = node_containers.containers(root, host_root)
+    if not (meant := node_containers.named(here, pod)):
+        fail(
+            f"found no container {pod!r} among {len(here)} below {root}, expected NAMESPACE/POD[/CONTAINER], "
+            "the path of a cgroup, or 6 characters or more that a container's id begins with",
+            2,
+        )
+    meant, unknown = node_containers.with_labels(meant, host_root)
+    if unknown:
+        typer.echo(printable(f"governor: labels and annotations are not known: {unknown}"), err=True)
+    return meant
 
 
 @policy_app.command()

@@ -461,6 +461,11 @@ class Target:
             decided=tally.decided(self.slot),
         )
 
+    def known_as(self, container: Container) -> None:
+        """More is known of the container than before, or the same."""
+        self._container = container
+        self._shared.tally.adopt(self.slot, self.standing().names, time.monotonic_ns())
+
     @property
     def looked_ns(self) -> int:
         """When its memory was last looked at, or is to be at once."""

@@ -178,7 +178,7 @@ def test_a_daemon_that_was_killed_leaves_nobody_frozen_and_is_followed(node, tmp
     pod = node.pod(128)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20")
     node.daemon()
-    node.await_line(pod, "agent")
+    node.await_line(pod, "protecting")
     node.process.kill()
     node.process.wait()
     node.daemon()

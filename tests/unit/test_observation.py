@@ -1,6 +1,7 @@
 """The loop and its targets tell what happens, and can be seen: a real loop over files as a memcg has them."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -131,6 +132,13 @@ def test_how_it_stands(running):
     one.target._memcg._files.clear()
     one.target.sample(time.monotonic_ns())
     assert one.target.standing().memory is None
+
+
+def test_names_that_are_known_later_are_those_that_are_shown(running):
+    one = running()
+    one.target.known_as(replace(one.target.standing().container, pod="agent-1"))
+    assert one.metric("governor_container_brakes_total", pod="agent-1") == 0
+    assert one.target.standing().names == ("shop", "agent-1", "agent")
 
 
 def test_faults_and_turns_are_counted(running, monkeypatch):
