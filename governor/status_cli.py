@@ -177,8 +177,8 @@ def _state(one: Answer) -> str:
     state: str = one["phase"]
     if one["frozen_for_ms"] is not None:
         state = f"frozen {one['frozen_for_ms'] / 1000:.1f} s"
-    elif state == "watching" and one["level"] != "below":
-        state = f"over {one['level']}"
+    elif state == "watching" and one["in_episode"]:
+        state = "in episode"
     return f"{state}, dry" if one["dry_run"] else state
 
 

@@ -103,16 +103,16 @@ def test_a_table_for_people(governors):
     unread = replace(
         standing(2, pod="a-pod-whose-name-goes-on-for-ever-and-ever-and-ever"), memory=None, dry_run=True
     )
-    governors([standing(), held, unread])
+    governors([replace(standing(), state=model.State(in_episode=True)), held, unread])
     result = asked()
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert max(map(len, lines[:-1])) <= 80
     assert [line.split()[1:] for line in lines[2:4]] == [
-        ["50", "100", "50.0", "over", "compact", "bpf", "default", "4711"],
+        ["50", "100", "50.0", "in", "episode", "bpf", "default", "4711"],
         ["50", "100", "50.0", "frozen", "1.3", "s", "bpf", "default", "4711"],
     ]
-    assert lines[4].split()[1:7] == ["?", "?", "?", "over", "compact,", "dry"]
+    assert lines[4].split()[1:7] == ["?", "?", "?", "watching,", "dry", "bpf"]
     name = "".join(line.split()[0] for line in lines[4:-1])
     assert name == "shop/a-pod-whose-name-goes-on-for-ever-and-ever-and-ever/agent"
     assert lines[-1] == "shop/agent-1/agent: archive, 12 s ago: 91.2 % of max is in use"
