@@ -10,7 +10,7 @@ from contextlib import suppress
 from governor import subtree
 from governor.actions import processes
 from governor.profile import Match
-from governor.profile_agent import Agent, NoAgent, find_agent
+from governor.profile_agent import Agent, NoAgent, find_agent, fits
 from governor.session_files import Pattern, home_of, parse_pattern
 
 _STARTING_S = 10.0
@@ -41,6 +41,7 @@ class AgentProcess:
         self._home = "/"
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
+        self.ends_all = False  # whether what was started in its place ends with it
         self._looked_ns = 0
         self._below: set[tuple[int, int, str, bool]] = set()  # who descends from a stand-in, at the last look
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
@@ -65,6 +66,7 @@ class AgentProcess:
         self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
         if self.known:
             self._home = self.known.home
+        self.ends_all = self._ends_all()
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
@@ -92,6 +94,19 @@ class AgentProcess:
             with suppress(NoAgent):
                 return find_agent(self._match, pid)
         return None
+
+    def _ends_all(self) -> bool:
+        """Whether nobody between what was started and the agent goes on after it, as far as is known."""
+        chain = subtree.ancestors(self.pid)
+        if self._wanted_pid not in chain:
+            return False
+        above = [subtree.read_stat(pid) for pid in chain[1 : chain.index(self._wanted_pid) + 1]]
+        match = self._match
+        return all(
+            stat
+            and subtree.ends_with_child(stat.pid, stat.comm, match is not None and fits(match, stat.pid, stat.comm))
+            for stat in above
+        )
 
     def _may_still_come(self, pid: int) -> bool:
         """Whether what the profile means is not there yet, but what starts it has run for moments only."""

@@ -265,22 +265,16 @@ class Executor:
         if self.recycle.awaits_end:  # and so its session goes on compacted, whatever ends it
             self.recycle.leave()
             return
-        if not (
-            self.resume_path
-            and profile
-            and agent
-            and (argv := resume.command(profile, agent, "resume", self.program))
-        ):
+        if not (self.resume_path and profile and agent):
             return
+        path = self.resume_path
+        compacting_ns = 0 if wanted.efficacy is Efficacy.USELESS else wanted.compacting_ns
         try:
-            if cut_turn.ended(self.resume_path, profile, agent):
+            is_ordered = resume.order_session(path, how, why, profile, agent, self.program, compacting_ns)
+            if is_ordered and cut_turn.ended(path, profile, agent):
                 self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
-            is_compacted = wanted.efficacy is not Efficacy.USELESS  # or it may fill memory as it comes back
-            compacting = resume.command(profile, agent, "compact_stopped", self.program) if is_compacted else ()
-            within_s = wanted.compacting_ns / SECOND
-            refused = profile.session.compact_refused
-            resume.order(self.resume_path, how, why, argv, compacting, within_s, refused)
         except (OSError, ValueError) as error:
+            resume.withdraw(path)
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 
     def _within_reach(self) -> list[processes.Process]:

@@ -20,6 +20,7 @@ from governor.record import HAS_MEMORY, HAS_RATE, HAS_TREND, RISING, Levels, Rec
 POLL, PSI, BPF = 1, 2, 3
 NAMES = {POLL: "poll", PSI: "psi", BPF: "bpf"}
 RECONCILE_NS = 1_000_000_000
+_EACH_NS = 10_000_000  # of the time, for each memcg that is looked at beside BPF
 _HURRY_NS = 5_000_000_000
 _NEVER_NS = (1 << 64) - 1
 _OWN = 0  # key of the governed memcg's growth, whether it has a limit or not
@@ -111,8 +112,10 @@ class PollSource:
         if found.cgroup_id in self._tracks:
             self._tracks[found.cgroup_id].told(found.level, bool(found.flags & record.HORIZON))
 
-    def look(self, wanted: Levels, now_ns: int, watched: bool) -> Record | None:
+    def look(self, wanted: Levels, now_ns: int, watched: bool, others: int = 0) -> Record | None:
         """Look; a record of the highest crossing. Where BPF has `watched`, only of one that it should have reported.
+
+        Beside BPF the next look is the later the more `others` there are to be looked at.
 
         When the memcg cannot be read, the descriptors, which would be ready forever, are closed.
         """
@@ -140,7 +143,8 @@ class PollSource:
             ):
                 found = self._record(state, crossing, now_ns)
         self.seen_ids = {one.memcg.cgroup_id for one in seen}
-        self.due_ns = now_ns + (RECONCILE_NS if watched and now_ns >= self._hurry_until_ns else wait_ns)
+        is_spared = watched and now_ns >= self._hurry_until_ns
+        self.due_ns = now_ns + (max(RECONCILE_NS, others * _EACH_NS) if is_spared else wait_ns)
         return found
 
     def _grown(self, key: int, held_bytes: int) -> int:

@@ -359,7 +359,7 @@ class Reflex:
     def _look(self, governed: Governed, now_ns: int) -> None:
         """What polling sees; beside BPF, what it missed."""
         watched = self._bpf is not None or self._wanted == "bpf"
-        found = governed.poll.look(governed.levels, now_ns, watched)
+        found = governed.poll.look(governed.levels, now_ns, watched, len(self._slots))
         if found:
             self._on_crossing(governed, found)
             self._tell(link.encode_record(found.encode(), time.monotonic_ns()), may_drop=True)

@@ -57,6 +57,7 @@ class Shared:
     tally: Tally
     source_name: Callable[[int], str]  # a source in words
     protected: Callable[[], None]  # called when a target's protection has begun
+    calm_interval_ns: Callable[[], int]  # a calm target need not be sampled more often: others want their turn
 
 
 class Target:
@@ -253,8 +254,11 @@ class Target:
             and since(state.probation_ns, boottime_ns()) > self._policy.brake.probation_ns
         ):
             return signals.raised_interval_ns  # full, but it has sat still for long
-        usual_ns = signals.raised_interval_ns if self._is_raised() else signals.interval_ns
-        return _SAMPLE_NS.get(state.phase, usual_ns)
+        if state.phase in _SAMPLE_NS:
+            return _SAMPLE_NS[state.phase]
+        if self._is_raised():
+            return signals.raised_interval_ns
+        return max(signals.interval_ns, self._shared.calm_interval_ns())
 
     def _is_raised(self) -> bool:
         return self._last is not None and self._last.unreclaimable_ratio >= self._policy.compact.engage_ratio
@@ -309,6 +313,7 @@ class Target:
             way = f"{'rising' if found.rising else 'falling'} to level {record.LEVEL_NAMES[found.level]}"
             say(f"{way}: {_megabytes(found)}, heard after {latency_ms:.2f} ms")
             self._level_heard = found.level
+            self._sampled_ns = 0
             self._subscribers.tell_level(found)
         if found.kind == record.CROSSING and found.rising and found.level >= record.LEVEL_BRAKE:
             held = self._decisions.state.held if self._decisions.state.phase is Phase.HELD else None
@@ -397,9 +402,8 @@ class Target:
         self._recycle.let_be()  # what is ordered now is of a guard that died
         if self._decisions.state.recycle.status is model.Status.RESTARTING:
             why = "nobody took its session up again" if self._guard.recycled is None else self._guard.recycled
-            self._deliveries.delivered(
-                model.Tier.RECYCLE, model.Status.FAILED if why else model.Status.DELIVERED, why
-            )
+            failed = model.Status.EXPIRED if self._guard.recycled is None else model.Status.FAILED
+            self._deliveries.delivered(model.Tier.RECYCLE, failed if why else model.Status.DELIVERED, why)
 
     def sample(self, now_ns: int) -> None:
         """Look at its memory, and ask the ladder."""
