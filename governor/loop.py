@@ -126,13 +126,14 @@ class Loop:
 
     def vitals(self, scanned: bool = True) -> Vitals:
         """How it is now; `scanned` as Vitals has it."""
+        now_ns = time.monotonic_ns()
         return Vitals(
             reflex_runs=self._reflex.pid is not None,
-            reflex_silent=self._reflex.silent(time.monotonic_ns()),
+            reflex_silent=self._reflex.silent(now_ns),
             had_bpf=self._had_bpf,
             has_bpf=not self._programs.lost,
             scanned=scanned,
-            oldest_look_ns=min((target.looked_ns for target in self.targets.values()), default=None),
+            late_ns=max((target.late_ns(now_ns) for target in self.targets.values()), default=0),
             without_source=sum(not target.source for target in self.targets.values()),
         )
 

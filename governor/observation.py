@@ -30,8 +30,8 @@ class Observation:
         except OSError as error:
             loop.note("no_socket", f"nobody can ask for the status: {path}: {error.strerror}")
         self._endpoint = HttpEndpoint(loop.poller, loop.children, lambda *a, **f: loop.note(*a, **f))
-        self._endpoint.faults = lambda: health.faults(self._vitals(), time.monotonic_ns())
-        self._endpoint.not_ready = lambda: health.not_ready(self._vitals(), time.monotonic_ns())
+        self._endpoint.faults = lambda: health.faults(self._vitals())
+        self._endpoint.not_ready = lambda: health.not_ready(self._vitals())
         self._endpoint.exposition = self._exposition
         if listen:
             self._endpoint.listen(listen)

@@ -470,10 +470,9 @@ class Target:
         self._container = container
         self._shared.tally.adopt(self.slot, self.standing().names, time.monotonic_ns())
 
-    @property
-    def looked_ns(self) -> int:
-        """When its memory was last looked at, or is to be at once."""
-        return self._sampled_ns or self._turned_ns
+    def late_ns(self, now_ns: int) -> int:
+        """How long the next look at its memory is overdue; less than 0: it is not."""
+        return now_ns - (self._sampled_ns or self._turned_ns) - self._interval_ns()
 
     def _first_line(self) -> dict[str, object]:
         return {"policy": plain(self._policy), "state": plain(self._decisions.state), "guard": asdict(self._guard)}

@@ -150,18 +150,22 @@ def test_faults_and_turns_are_counted(running, monkeypatch):
     assert one.metric("governor_loop_turn_seconds_count") == 1
 
 
-def test_vitals(running):
+def test_vitals(running, monkeypatch):
     one = running()
-    now_ns = time.monotonic_ns()
-    assert health.faults(one.loop.vitals(), now_ns) == ["reflex does not run"]
-    assert health.not_ready(one.loop.vitals(False), now_ns)[1:] == [
+    assert health.faults(one.loop.vitals()) == ["reflex does not run"]
+    assert health.not_ready(one.loop.vitals(False))[1:] == [
         "the first scan for containers is not over",
         "1 targets are not watched by reflex yet",
     ]
     one.say(link.Adopted(0, True, poll_source.BPF, FREEZE))
     assert not one.loop.vitals().without_source
+    one.target.sample(time.monotonic_ns())
+    assert one.loop.vitals().late_ns < 0
+    later_ns = time.monotonic_ns() + 60 * SECOND
+    monkeypatch.setattr(time, "monotonic_ns", lambda: later_ns)
+    assert one.loop.vitals().late_ns > 40 * SECOND
     one.say(link.Refused("somebody unloaded them"), link.Source(0, poll_source.POLL, FREEZE))
-    assert "the BPF programs are gone: polling only" in health.faults(one.loop.vitals(), now_ns)
+    assert "the BPF programs are gone: polling only" in health.faults(one.loop.vitals())
 
 
 def test_one_that_is_let_go_of_is_seen_no_more(running):
