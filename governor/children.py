@@ -16,6 +16,7 @@ _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep t
 _DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
 _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
 _PIPE_FD = 3  # in the child
+_DESCRIPTORS = 1 << 16  # as many as a node's daemon may have
 
 
 class Deferred(Exception):
@@ -244,6 +245,6 @@ def _become_child(write_fd: int, keep: Collection[int]) -> None:
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, _PIPE_FD, inheritable=False)
     first_fd = _PIPE_FD + 1
-    for kept_fd in (*sorted(keep), 4096):
+    for kept_fd in (*sorted(keep), _DESCRIPTORS):
         os.closerange(first_fd, kept_fd)
         first_fd = kept_fd + 1

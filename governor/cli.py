@@ -194,15 +194,25 @@ def daemon(
     host_root: Annotated[str, typer.Option(help="Where the host's files are, for a daemon in a container.")] = "/",
     source: Annotated[str, typer.Option(help="auto (the best there is), bpf, psi or poll.")] = "auto",
     name: Annotated[str, typer.Option("--instance")] = "node",
+    listen: Annotated[
+        str, typer.Option(help="Where /metrics, /healthz and /readyz are answered: ADDRESS:PORT [default: nowhere].")
+    ] = "",
 ) -> None:
     """Protect every container of this node that a policy selects; SIGHUP reads the policies again.
 
     Example: governor daemon --policies /etc/governor/policies --dry-run
     """
+    from governor.http_endpoint import parse_address
+
     if os.geteuid() != 0:
         fail("governor daemon governs other users' containers: run it as root")
     if source not in guard_options.SOURCES[1:]:
         fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
+    try:
+        if listen:
+            parse_address(listen)
+    except ValueError as error:
+        fail(f"--listen: {error}", 2)
     try:
         policy_directory.load(policies)
     except policy_directory.PoliciesError as error:
@@ -219,6 +229,7 @@ def daemon(
         "host_root": host_root,
         "dry_run": dry_run,
         "source": source,
+        "listen": listen,
         "bpf_refused": "" if pins.current(name) else guard_options.bpf_refused(v1),
         "unload_at_end": pins.current(name) is None,
     }

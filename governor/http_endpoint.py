@@ -74,17 +74,8 @@ class HttpEndpoint:
 
     def listen(self, address: str) -> int:
         """Make the socket; its port. Raises ValueError for what is no address, OSError where it cannot be bound."""
-        host, _, port = address.rpartition(":")
-        try:
-            if not (host and port.isdecimal() and int(port) < 1 << 16):  # getaddrinfo takes the lower 16 bits of any
-                raise socket.gaierror
-            numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-            family, _, _, _, where = socket.getaddrinfo(
-                host.strip("[]"), port, type=socket.SOCK_STREAM, flags=numeric
-            )[0]
-        except OSError:
-            raise ValueError(f"found {address!r}, expected ADDRESS:PORT, as {DEFAULT_LISTEN} or [::]:9464") from None
-        self._server = server = socket.create_server(where[:2], family=family, backlog=128)
+        family, where = parse_address(address)
+        self._server = server = socket.create_server(where, family=family, backlog=128)
         server.setblocking(False)
         self._poller.register(server.fileno(), lambda _: self._accept(server))
         return int(server.getsockname()[1])
@@ -190,6 +181,19 @@ class HttpEndpoint:
         if not ended.ok and not self._has_failed:
             self._note("no_metrics", f"a scrape was not answered: {ended.why}; said once until one is")
         self._has_failed = not ended.ok
+
+
+def parse_address(address: str) -> tuple[int, tuple[str, int]]:
+    """The address family, and what to bind; raises ValueError."""
+    host, _, port = address.rpartition(":")
+    try:
+        if not (host and port.isdecimal() and int(port) < 1 << 16):  # getaddrinfo takes the lower 16 bits of any
+            raise socket.gaierror
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=numeric)[0][0]
+    except OSError:
+        raise ValueError(f"found {address!r}, expected ADDRESS:PORT, as {DEFAULT_LISTEN} or [::]:9464") from None
+    return family, (host.strip("[]"), int(port))
 
 
 def _serve(clients: list[_Client], exposition: Exposition) -> bytes:

@@ -23,6 +23,7 @@ from governor.discovery import Gone
 from governor.guard import Guard
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
+from governor.observation import Observation
 from governor.policy import Policy, Source
 from governor.policy_directory import PoliciesError
 
@@ -45,6 +46,7 @@ class Wanted:
     source: str = Source.AUTO.value
     bpf_refused: str = ""  # why the programs are not to be loaded
     unload_at_end: bool = True
+    listen: str = ""  # where /metrics, /healthz and /readyz are answered; "": nowhere
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class Node:
         self._census = Census(wanted.cgroup_root, now_ns, lambda text: self.note("census", text), wanted.host_root)
         self._polled: list[int] = []
         self._there: dict[str, _There] = {}  # by path
+        self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
         """Until SIGTERM; the status to exit with."""
@@ -84,7 +87,10 @@ class Node:
             self.loop.knob_file.release(slot)
         names = ", ".join(policy.name for policy in self._in_order()) or "none"
         self.note("begun", f"policies: {names}{'; dry run' if self._wanted.dry_run else ''}")
-        self.loop.run()
+        try:
+            self.loop.run()
+        finally:
+            self._observation.close()
         return self.loop.status
 
     def note(self, kind: str, text: str, **fields: object) -> None:
@@ -112,8 +118,10 @@ class Node:
     # Containers
 
     def _turn(self, now_ns: int) -> None:
+        self._observation.turn(now_ns)
         if now_ns >= self._census.due_ns:
             self._heed_census()
+            self.loop.tally.scanned(time.monotonic_ns() - now_ns)
         for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
             self._choose(there)
 
@@ -127,11 +135,13 @@ class Node:
         for event in events:
             match event:
                 case Known(container=container):
+                    self.loop.tally.found += container.cgroup not in self._there
                     there = self._there.setdefault(container.cgroup, _There(container))
                     there.container = container
                     self._choose(there)
                 case Gone(path=path):
                     gone = self._there.pop(path, None)
+                    self.loop.tally.gone += gone is not None
                     if gone and gone.slot is not None:
                         self.loop.look_at(gone.slot)  # what was begun for it is brought to its end
 
@@ -143,7 +153,10 @@ class Node:
         for refused in choice.refused:
             self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
         target = self.loop.targets.get(there.slot) if there.slot is not None else None
+        if target:
+            target.known_as(there.container)
         if choice.policy is None:
+            self.loop.tally.not_selected += 1
             if target:
                 self.note("let_go", f"{shown}: not governed any more: {choice.reason}", cgroup=path)
                 self.loop.drop(target)
@@ -160,14 +173,16 @@ class Node:
             lock_fd = instance.lock(guard_options.lock_name(Path(path).stat().st_ino))
             os.set_inheritable(lock_fd, False)
             guard = self._guard(there.container, policy)
-            self.loop.add(guard, slot, policy, None, lambda: self._dropped(there, lock_fd))
+            self.loop.add(guard, slot, policy, None, lambda: self._dropped(there, lock_fd), there.container)
         except FileNotFoundError:  # gone again
             pass
         except instance.Busy as busy:
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
             self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
         except OSError as error:
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
             self.note("not_governed", f"{shown}: {error.strerror}: {error.filename}", cgroup=path)
         else:
             there.slot = slot
@@ -219,7 +234,7 @@ def main() -> int:
     wanted = Wanted(**orjson.loads(sys.argv[1]))
     try:
         node = Node(wanted)
-    except (OSError, PoliciesError) as error:
+    except (OSError, ValueError, PoliciesError) as error:
         say(f"cannot govern this node: {error}")
         if wanted.unload_at_end:
             pins.unload(wanted.instance)

@@ -92,7 +92,7 @@ class Tally:
         self.false_alarms = self.not_held = 0
         self.oom_kills = self.dropped_records = 0
         self.reflex_starts = self.faults = 0
-        self.found = self.gone = self.not_selected = self.not_understood = 0  # containers, by discovery
+        self.found = self.gone = self.not_selected = self.not_governed = 0  # containers, by discovery
         self.scans = self.scan_ns = 0
         self.other = Series(OTHER)
         self._limit = series_limit
