@@ -10,7 +10,7 @@ import select
 import signal
 from contextlib import suppress
 
-from governor import instance, leftovers, pins
+from governor import instance, leftovers, outside, pins
 from governor.actions.commands import Commands
 from governor.brake import KnobFile
 
@@ -33,6 +33,7 @@ def switch_off() -> list[str]:
         with suppress(OSError):
             done += KnobFile(str(path)).restore_all()
     done += [f"removed {path}" for path in Commands().sweep()]
+    done += [f"removed {path}" for path in outside.sweep()]
     if os.geteuid() == 0:
         for name in pins.instances():
             pins.unload(name)
