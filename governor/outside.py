@@ -85,9 +85,9 @@ def remove(path: str) -> None:
         Path(path).rmdir()
 
 
-def sweep() -> list[str]:
-    """Remove all that no reflex is in; their paths."""
-    found = [str(path) for path in Path(cgroup.ROOT).glob(f"{_PREFIX}*")]
+def sweep(instance: str = "*") -> list[str]:
+    """Remove all that no reflex is in, or the one of an instance; their paths."""
+    found = [str(path) for path in Path(cgroup.ROOT).glob(f"{_PREFIX}{instance}")]
     for path in found:
         remove(path)
     return [path for path in found if not Path(path).exists()]
