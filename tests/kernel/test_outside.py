@@ -49,6 +49,10 @@ class InPod(Node):
         return self.await_line(None, "reflex_started")["pid"]
 
 
+def nobody_is_outside():
+    return (OUTSIDE / "cgroup.procs").read_text() == ""
+
+
 @pytest.fixture
 def node(tmp_path, loaded):
     made = InPod(tmp_path)
@@ -74,7 +78,7 @@ def test_who_is_frozen_when_the_pod_is_killed_goes_on(node, tmp_path):
     agent.go()
     wait_for(lambda: pod.read("cgroup.freeze") == "1", what="the brake")
     node.own.write("cgroup.kill", 1)
-    wait_for(lambda: not reflex.exists(), what="the end of reflex")
+    wait_for(nobody_is_outside, what="the end of reflex")
     assert node.process.wait(timeout=10) == -signal.SIGKILL
     assert pod.read("cgroup.freeze") == "0"
     assert f"governor: reflex: {pod.path}: " in node.log()
@@ -89,7 +93,7 @@ def test_its_memcg_is_taken_over_and_goes_with_who_stops(node):
         node.await_line(pod, "protecting")
         node.own.write("cgroup.kill", 1)
         node.process.wait()
-        wait_for(lambda: (OUTSIDE / "cgroup.procs").read_text() == "", what="the end of reflex")
+        wait_for(nobody_is_outside, what="the end of reflex")
     node.daemon()
     wait_for(lambda: len(node.lines(None, "outside")) == 3, 60)
     assert node.stop(node.process) == 0

@@ -54,7 +54,7 @@ RESOURCES = {
     "daemonset": read(DAEMON_SET),
     "daemonset with kprobe": merged(read(DAEMON_SET), read(LOADER_PATCH)),
 }
-VERSIONS = [FIRST_VERSION, kubernetes_validate.major_minor(kubernetes_validate.latest_version())]
+VERSIONS = [FIRST_VERSION, kubernetes_validate.latest_version().rpartition(".")[0]]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
