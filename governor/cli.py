@@ -58,6 +58,7 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(status)
 
 _UNREADABLE_SHOWN = 5
+_NOT_LOADED = "none are loaded, and --no-load was given"
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 
 
@@ -197,6 +198,9 @@ def daemon(
     listen: Annotated[
         str, typer.Option(help="Where /metrics, /healthz and /readyz are answered: ADDRESS:PORT [default: nowhere].")
     ] = "",
+    no_load: Annotated[
+        bool, typer.Option("--no-load", help="Compile nothing: use what governor load has loaded, else poll.")
+    ] = False,
 ) -> None:
     """Protect every container of this node that a policy selects; SIGHUP reads the policies again.
 
@@ -230,7 +234,7 @@ def daemon(
         "dry_run": dry_run,
         "source": source,
         "listen": listen,
-        "bpf_refused": "" if pins.current(name) else guard_options.bpf_refused(v1),
+        "bpf_refused": "" if pins.current(name) else _NOT_LOADED if no_load else guard_options.bpf_refused(v1),
         "unload_at_end": pins.current(name) is None,
     }
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.node", orjson.dumps(wanted).decode()])
@@ -255,9 +259,16 @@ def load(
 
 
 @app.command()
-def unload(name: InstanceOption = "default") -> None:
+def unload(
+    name: InstanceOption = "default",
+    in_use: Annotated[
+        bool, typer.Option("--in-use", help="Also while a governor uses it, which polls from then on.")
+    ] = False,
+) -> None:
     """Detach and unpin the BPF programs of an instance."""
-    _lock_instance(_checked(name))
+    _checked(name)
+    if not in_use:
+        _lock_instance(name)
     if not pins.unload(name):
         known = ", ".join(pins.instances()) or "none"
         fail(f"found no instance {name!r}; loaded: {known}")
@@ -424,14 +435,16 @@ def _side_by_side(decision: Decision) -> str:
 
 
 @app.command()
-def off() -> None:
+def off(
+    name: Annotated[str, typer.Option("--instance", help="Only this one [default: all].")] = "",
+) -> None:
     """Stop every governor on this machine, thaw all, restore all knobs, detach all programs.
 
     Without root only your own.
     """
     from governor.switch_off import switch_off
 
-    for line in switch_off() or ["nothing was on"]:
+    for line in switch_off(name and _checked(name)) or ["nothing was on"]:
         out(line)
 
 

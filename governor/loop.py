@@ -43,8 +43,13 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Loop:
     """Everything that one governor protects; ends with its last target unless `is_lasting`."""
 
-    def __init__(self, instance: str, knob_path: str, source: Source, bpf_refused: str = "") -> None:
-        """`bpf_refused`: why the programs are not to be loaded, "" where they are to be tried. Raises OSError."""
+    def __init__(
+        self, instance: str, knob_path: str, source: Source, bpf_refused: str = "", reflex_memcg: str = ""
+    ) -> None:
+        """`bpf_refused`: why the programs are not to be loaded, "" where they are to be tried. Raises OSError.
+
+        `reflex_memcg`: the one that reflex lives in, "" for governor's own.
+        """
         self._instance, self._source = instance, source
         self.is_lasting = False
         self.unload_at_end = False
@@ -61,7 +66,7 @@ class Loop:
         self._schedule = Schedule()
         self.knob_file = KnobFile(knob_path)
         pinned = pins.current(instance) if source in (Source.AUTO, Source.BPF) else None
-        self._reflex = ReflexProcess(pinned, Path(knob_path), source.value)
+        self._reflex = ReflexProcess(pinned, Path(knob_path), source.value, reflex_memcg)
         self._programs = Programs(instance, source, bpf_refused, self._reflex, lambda *a, **f: self.note(*a, **f))
         self.children = children.Children(self.poller)  # that act for no single target
         self._shared = Shared(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import cgroup, guard_options, instance, pins, policy_directory, selection, state_file
+from governor import cgroup, guard_options, instance, outside, pins, policy_directory, selection, state_file
 from governor.census import Census, Known
 from governor.container import Container
 from governor.discovery import Gone
@@ -66,7 +66,9 @@ class Node:
         self._wanted = wanted
         self._policies = policy_directory.load(Path(wanted.policies))
         self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
-        self.loop = Loop(wanted.instance, wanted.knob_path, Source(wanted.source), wanted.bpf_refused)
+        self._outside, self._why_inside = outside.make(wanted.instance)
+        source = Source(wanted.source)
+        self.loop = Loop(wanted.instance, wanted.knob_path, source, wanted.bpf_refused, self._outside)
         self.loop.is_lasting, self.loop.unload_at_end = True, wanted.unload_at_end
         self.loop.note, self.loop.reload, self.loop.on_turn = self.note, self._read_policies_again, self._turn
         now_ns = time.monotonic_ns()
@@ -87,10 +89,17 @@ class Node:
             self.loop.knob_file.release(slot)
         names = ", ".join(policy.name for policy in self._in_order()) or "none"
         self.note("begun", f"policies: {names}{'; dry run' if self._wanted.dry_run else ''}")
+        if self._outside:
+            self.note("outside", f"reflex lives in {self._outside}, and outlives this pod")
+        elif self._why_inside:
+            danger = "whoever kills this pod kills reflex with it, and what is frozen stays so"
+            self.note("inside", f"{danger}: {self._why_inside}")
         try:
             self.loop.run()
         finally:
             self._observation.close()
+            if self._outside:
+                outside.remove(self._outside)
         return self.loop.status
 
     def note(self, kind: str, text: str, **fields: object) -> None:
