@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from governor import subtree
+from governor import inside, subtree
 from governor.actions import processes
 from governor.profile import Match
 from governor.profile_agent import Agent, NoAgent, find_agent
@@ -39,6 +39,8 @@ class AgentProcess:
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
+        self.door: inside.Door | None = None  # to where it lives, if that is elsewhere
+        self.lives_elsewhere = False  # kept after its end: its paths are never ours
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
         self._looked_ns = 0
@@ -65,6 +67,11 @@ class AgentProcess:
         self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
         if self.known:
             self._home = self.known.home
+        try:
+            self.door = inside.door_to(self.pid, self.start_ticks)
+            self.lives_elsewhere = self.lives_elsewhere or self.door is not None
+        except OSError:  # no way in, or it ended: nothing is read in its name
+            self.lives_elsewhere = True
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
@@ -116,8 +123,11 @@ class AgentProcess:
     def patterns(self, globs: Sequence[str]) -> list[Pattern]:
         """Globs with this agent's home for `~`; without an agent those with `~` are left out.
 
-        Links in their fixed part are resolved once: what the container makes of it later is not followed.
+        Links in their fixed part are resolved once: what the container makes of it later is not followed. None for an
+        agent that lives elsewhere.
         """
+        if self.lives_elsewhere:
+            return []
         wanted = tuple(glob for glob in globs if self.pidfd >= 0 or glob[0] != "~")
         if wanted not in self._patterns:
             self._patterns = {wanted: [parse_pattern(glob, self._home) for glob in wanted]}
@@ -137,6 +147,9 @@ class AgentProcess:
         """To be found anew, from where it was looked for before."""
         with suppress(OSError):
             os.close(self.pidfd)
+        if self.door:
+            self.door.close()
+            self.door = None
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._patterns = {}

@@ -177,8 +177,11 @@ class Children:
             self._poller.unregister(fd)
 
 
-def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False) -> Child:
-    """Run `work` in a fork of this process: it starts at once, with everything imported.
+def fork(
+    work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False, keep: tuple[int, ...] = ()
+) -> Child:
+    """Run `work` in a fork of this process: it starts at once, with everything imported, and of our descriptors has
+    those to `keep`, above 3.
 
     What it returns becomes the child's output. An exception becomes exit status 1 with its text as output, Deferred
     becomes 75.
@@ -188,7 +191,7 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bo
     if pid == 0:
         status, output = 1, b""
         try:
-            _become_child(write_fd)
+            _become_child(write_fd, keep)
             output = work()
             status = 0
         except Deferred as error:
@@ -228,11 +231,19 @@ def spawn(
     return fork(work, deadline_ns, what, is_delivery=True)
 
 
-def _become_child(write_fd: int) -> None:
-    """A process group of its own, usual signals, and none of the parent's descriptors but the pipe."""
+def _become_child(write_fd: int, keep: tuple[int, ...]) -> None:
+    """A process group of its own, usual signals, and of the parent's descriptors only the pipe and those to keep."""
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    os.closerange(_PIPE_FD + 1, 4096)
+    close_all_but({0, 1, 2, _PIPE_FD, *keep})
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor of this process that is not one of these."""
+    first = 0
+    for fd in (*sorted(keep), os.sysconf("SC_OPEN_MAX")):
+        os.closerange(first, fd)
+        first = fd + 1
