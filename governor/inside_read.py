@@ -166,7 +166,13 @@ def _search(
         return os.open(str(seen), flags, dir_fd=own_fds)
 
     home = os.path.realpath(_home(inhabitant, reopen))
-    for found in find([parse_pattern(glob, home) for glob in globs], exclude, reopen):
+    patterns = []
+    for glob in globs:
+        try:
+            patterns.append(parse_pattern(glob, home))
+        except (OSError, ValueError) as error:  # a link in its fixed part that leads to nobody
+            theirs.send(_SKIPPED + glob.encode() + b"\0" + (getattr(error, "strerror", "") or str(error)).encode())
+    for found in find(patterns, exclude, reopen):
         path = found.path.encode(errors="backslashreplace")[: _MESSAGE_BYTES // 2]
         if found.fd is None:
             theirs.send(_SKIPPED + path + b"\0" + found.skipped.encode(errors="backslashreplace"))

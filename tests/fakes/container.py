@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,20 +37,34 @@ exec env -i HOME="$3" PATH=/usr/bin:/bin WHERE=inside setpriv --reuid "$2" --reg
 class Container:
     """Runs until close(); `pid` is its first process, as the host sees it."""
 
-    def __init__(self, directory, uid=AGENT_UID, home="/home/agent", setup=":", program="sleep 1000", extra=()):
-        root = Path(directory) / "root"
-        root.mkdir()
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", *extra]
-        script = ["sh", "-c", _SETUP, "sh", str(root), str(uid), home, setup, f"echo ready; exec {program}"]
-        self._process = subprocess.Popen([*unshare, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def __init__(self, uid=AGENT_UID, home="/home/agent", setup=":", program="sleep 1000", users=False):
+        self._root = Path(tempfile.mkdtemp(dir="/tmp"))
+        self._root.chmod(0o755)
+        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts"]
+        script = ["sh", "-c", _SETUP, "sh", str(self._root), str(uid), home, setup, f"echo ready; exec {program}"]
+        self._users = self._user_namespace() if users else None
+        enter = ["nsenter", "-t", str(self._users.pid), "--user", "-S", "0", "-G", "0"] if users else []
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen([*enter, *unshare, *script], **pipes)
         if self._process.stdout.readline() != b"ready\n":
             self._process.kill()
+            self._root.rmdir()
             raise AssertionError(self._process.stderr.read().decode())
         outer = self._process.pid
         self.pid = int(Path(f"/proc/{outer}/task/{outer}/children").read_text())
         until = time.monotonic() + 5
         while Path(f"/proc/{self.pid}/comm").read_text() in ("sh\n", "setpriv\n") and time.monotonic() < until:
             time.sleep(0.01)
+
+    def _user_namespace(self):
+        """Who holds one, mapped as newuidmap does it."""
+        holder = subprocess.Popen(["unshare", "--user", "sleep", "1000"])
+        own = Path("/proc/self/ns/user").readlink()
+        while Path(f"/proc/{holder.pid}/ns/user").readlink() == own:
+            time.sleep(0.01)
+        for kind in ("uid", "gid"):
+            Path(f"/proc/{holder.pid}/{kind}_map").write_text("0 100000 65536\n")
+        return holder
 
     @property
     def start_ticks(self):
@@ -88,8 +103,12 @@ class Container:
     def close(self):
         self._process.kill()
         self._process.wait()
+        if self._users:
+            self._users.kill()
+            self._users.wait()
         self._process.stdout.close()
         self._process.stderr.close()
+        self._root.rmdir()
 
 
 def why_none():
