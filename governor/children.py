@@ -13,7 +13,7 @@ _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
 _DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
 _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
-_PIPE_FD = 3  # in the child
+PIPE_FD = 3  # in the child: what it prints
 
 
 class Deferred(Exception):
@@ -200,7 +200,7 @@ def fork(
             output = str(error).encode()
         finally:
             with suppress(OSError):
-                os.write(_PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
+                os.write(PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
             os._exit(status)
     os.close(write_fd)
     os.set_blocking(read_fd, False)
@@ -221,11 +221,11 @@ def spawn(
     """
 
     def work() -> bytes:
-        os.write(_PIPE_FD, prepare())
+        os.write(PIPE_FD, prepare())
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         for number in (1, 2):
-            os.dup2(_PIPE_FD, number)
+            os.dup2(PIPE_FD, number)
         os.execvpe(argv[0], argv, {**os.environ, **environment})
 
     return fork(work, deadline_ns, what, is_delivery=True)
@@ -237,8 +237,8 @@ def _become_child(write_fd: int, keep: tuple[int, ...]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    close_all_but({0, 1, 2, _PIPE_FD, *keep})
+    os.dup2(write_fd, PIPE_FD, inheritable=False)
+    close_all_but({0, 1, 2, PIPE_FD, *keep})
 
 
 def close_all_but(keep: set[int]) -> None:
