@@ -245,5 +245,6 @@ def close_all_but(keep: set[int]) -> None:
     """Close every descriptor of this process that is not one of these."""
     first = 0
     for fd in (*sorted(keep), os.sysconf("SC_OPEN_MAX")):
-        os.closerange(first, fd)
+        if first < fd:  # closerange(0, 0) means all of them to close_range(2)
+            os.closerange(first, fd)
         first = fd + 1
