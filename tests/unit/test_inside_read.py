@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from governor import archive, inside, inside_read
+from governor.agent_process import AgentProcess
 from tests.fakes import container as containers
 
 pytestmark = pytest.mark.skipif(bool(containers.why_none()), reason=f"no containers here: {containers.why_none()}")
@@ -386,3 +387,18 @@ def test_a_pid_that_was_recycled_is_not_entered():
         made.close()
         other.kill()
         other.wait()
+
+
+def test_an_agent_that_lives_elsewhere_has_no_paths_of_ours(container, tmp_path):
+    agent = AgentProcess(str(tmp_path), wanted_pid=container.pid, only_wanted=True)
+    assert agent.find() and agent.lives_elsewhere
+    assert agent.patterns(["~/*", "/etc/*"]) == [], "they would name files of the host"
+    fds = agent.door.fds
+    container.end()
+    found = [*inside_read.find_inside(agent.door, GLOBS, ())]
+    assert [each.path for each in found] == ["/home/agent/one.jsonl"], "what it wrote last is read after its end"
+    agent.forget()
+    assert agent.door is None and agent.patterns(["/etc/*"]) == []
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
