@@ -40,7 +40,7 @@ class AgentProcess:
         self.pidfd = -1
         self._home = "/"
         self.door: inside.Door | None = None  # to where it lives, if that is elsewhere
-        self.lives_elsewhere = False  # kept after its end: its paths are never ours
+        self.lives_elsewhere = False  # kept until the next is found: its paths are not ours
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
         self._looked_ns = 0
@@ -64,14 +64,17 @@ class AgentProcess:
             self.pidfd = os.pidfd_open(found.pid)
         except OSError:
             return False
-        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
-        if self.known:
-            self._home = self.known.home
+        self.pid, self.start_ticks = found.pid, found.start_ticks
         try:
             self.door = inside.door_to(self.pid, self.start_ticks)
-            self.lives_elsewhere = self.lives_elsewhere or self.door is not None
-        except OSError:  # no way in, or it ended: nothing is read in its name
+            self.lives_elsewhere = self.door is not None
+        except ProcessLookupError:
+            self.let_go()
+            return False
+        except OSError:  # no way in: nothing is read in its name
             self.lives_elsewhere = True
+        if not self.lives_elsewhere:  # a path of a container is not to be looked up here
+            self._home = self.known.home if self.known else home_of(self.pid)
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
