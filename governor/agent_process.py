@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from governor import subtree
+from governor import inside, subtree
 from governor.actions import processes
 from governor.profile import Match
 from governor.profile_agent import Agent, NoAgent, find_agent, fits
@@ -39,6 +39,8 @@ class AgentProcess:
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
+        self.door: inside.Door | None = None  # to where it lives, if that is elsewhere
+        self.lives_elsewhere = False  # kept until the next is found: its paths are not ours
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
         self.ends_all = False  # whether what was started in its place ends with it
@@ -63,9 +65,17 @@ class AgentProcess:
             self.pidfd = os.pidfd_open(found.pid)
         except OSError:
             return False
-        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
-        if self.known:
-            self._home = self.known.home
+        self.pid, self.start_ticks = found.pid, found.start_ticks
+        try:
+            self.door = inside.door_to(self.pid, self.start_ticks)
+            self.lives_elsewhere = self.door is not None
+        except ProcessLookupError:
+            self.let_go()
+            return False
+        except OSError:  # no way in: nothing is read in its name
+            self.lives_elsewhere = True
+        if not self.lives_elsewhere:  # a path of a container is not to be looked up here
+            self._home = self.known.home if self.known else home_of(self.pid)
         self.ends_all = self._ends_all()
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
@@ -131,8 +141,11 @@ class AgentProcess:
     def patterns(self, globs: Sequence[str]) -> list[Pattern]:
         """Globs with this agent's home for `~`; without an agent those with `~` are left out.
 
-        Links in their fixed part are resolved once: what the container makes of it later is not followed.
+        Links in their fixed part are resolved once: what the container makes of it later is not followed. None for an
+        agent that lives elsewhere.
         """
+        if self.lives_elsewhere:
+            return []
         wanted = tuple(glob for glob in globs if self.pidfd >= 0 or glob[0] != "~")
         if wanted not in self._patterns:
             self._patterns = {wanted: [parse_pattern(glob, self._home) for glob in wanted]}
@@ -152,6 +165,9 @@ class AgentProcess:
         """To be found anew, from where it was looked for before."""
         with suppress(OSError):
             os.close(self.pidfd)
+        if self.door:
+            self.door.close()
+            self.door = None
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._patterns = {}

@@ -15,8 +15,7 @@ _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
 _DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
 _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
-_PIPE_FD = 3  # in the child
-_DESCRIPTORS = 1 << 16  # as many as a node's daemon may have
+PIPE_FD = 3  # in the child: what it prints
 
 
 class Deferred(Exception):
@@ -205,7 +204,7 @@ def fork(
             output = str(error).encode()
         finally:
             with suppress(OSError):
-                os.write(_PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
+                os.write(PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
             os._exit(status)
     os.close(write_fd)
     os.set_blocking(read_fd, False)
@@ -226,11 +225,11 @@ def spawn(
     """
 
     def work() -> bytes:
-        os.write(_PIPE_FD, prepare())
+        os.write(PIPE_FD, prepare())
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         for number in (1, 2):
-            os.dup2(_PIPE_FD, number)
+            os.dup2(PIPE_FD, number)
         os.execvpe(argv[0], argv, {**os.environ, **environment})
 
     return fork(work, deadline_ns, what, is_delivery=True)
@@ -238,13 +237,19 @@ def spawn(
 
 def _become_child(write_fd: int, keep: Collection[int]) -> None:
     """A process group of its own, usual signals, none of the parent's descriptors but the pipe and those to keep."""
-    assert all(fd > _PIPE_FD for fd in keep)
+    assert all(fd > PIPE_FD for fd in keep)
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    first_fd = _PIPE_FD + 1
-    for kept_fd in (*sorted(keep), _DESCRIPTORS):
-        os.closerange(first_fd, kept_fd)
-        first_fd = kept_fd + 1
+    os.dup2(write_fd, PIPE_FD, inheritable=False)
+    close_all_but({0, 1, 2, PIPE_FD, *keep})
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor of this process that is not one of these."""
+    first = 0
+    for fd in (*sorted(keep), os.sysconf("SC_OPEN_MAX")):
+        if first < fd:  # closerange(0, 0) means all of them to close_range(2)
+            os.closerange(first, fd)
+        first = fd + 1

@@ -22,6 +22,7 @@ from governor.cgroup import MemoryState
 from governor.children import Children, Ended, fork
 from governor.codec import plain
 from governor.deliveries import Deliveries
+from governor.inside_read import find_inside
 from governor.journal import Note, say
 from governor.limits import Limits
 from governor.manifest import ArchiveError, read_manifest
@@ -166,6 +167,10 @@ class Executor:
         facts = {"agent_pid": agent.pid, "ladder": plain(state)}
         place, base = self._full
         exclude = (*CREDENTIALS, *policy.exclude)
+        door = agent.door
+        if agent.lives_elsewhere and not door:
+            self._archived(Ended(1, b"there is no way to where the agent's files are", False), is_last, then)
+            return
 
         def work() -> bytes:
             since = None
@@ -182,6 +187,7 @@ class Executor:
                 exclude=exclude,
                 since=since,
                 fallbacks=self.fallbacks,
+                matches=(lambda: find_inside(door, policy.globs, exclude)) if door else None,
             )
             fallback = made.facts.get("fallback", {})
             directory = Path(fallback.get("directory", self.archive_directory))
@@ -192,7 +198,8 @@ class Executor:
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.children.attempt(
-            lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last, then)
+            lambda: fork(work, deadline_ns, f"archive: {reason}", keep=door.fds if door else ()),
+            lambda ended: self._archived(ended, is_last, then),
         )
 
     def _archived(self, ended: Ended, is_last: bool, then: Callable[[bool], None] | None) -> None:
