@@ -27,10 +27,12 @@ class AgentProcess:
         is_within: bool = False,
         match: Match | None = None,
         only_wanted: bool = False,
+        lives_elsewhere: bool = False,
     ) -> None:
         """`is_within`: governor itself is in that memcg, and not its agent. `match`: which of that tree it is.
 
-        `only_wanted`: after `wanted_pid` nobody else of the memcg is taken for the agent.
+        `only_wanted`: after `wanted_pid` nobody else of the memcg is taken for the agent. `lives_elsewhere`: until it
+        is found nothing is looked up here in its name.
         """
         self._only_wanted = only_wanted
         self._cgroup, self._is_within = cgroup, is_within
@@ -40,7 +42,7 @@ class AgentProcess:
         self.pidfd = -1
         self._home = "/"
         self.door: inside.Door | None = None  # to where it lives, if that is elsewhere
-        self.lives_elsewhere = False  # kept until the next is found: its paths are not ours
+        self.lives_elsewhere = lives_elsewhere  # kept until the next is found: its paths are not ours
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
         self.ends_all = False  # whether what was started in its place ends with it

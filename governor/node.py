@@ -209,6 +209,7 @@ class Node:
             archive_directory=f"{self._wanted.state}/archive",
             journal_path=f"{self._wanted.state}/{_JOURNALS}/{container.container_id}.ndjson",
             policy=policy.name,
+            is_container=True,
         )
 
     def _dropped(self, there: _There, lock_fd: int) -> None:

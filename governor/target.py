@@ -83,7 +83,9 @@ class Target:
         self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
         match = profile.match if profile else None
-        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid)
+        self._agent = AgentProcess(
+            guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid, guard.is_container
+        )
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
         self._children = children.Children(shared.poller)

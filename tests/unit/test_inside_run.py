@@ -10,6 +10,7 @@ import pytest
 
 from governor import children, inside, inside_run, subtree
 from governor.actions import commands, device_filter
+from governor.poller import Poller
 from tests.fakes import container as containers
 
 pytestmark = pytest.mark.skipif(bool(containers.why_none()), reason=f"no containers here: {containers.why_none()}")
@@ -27,7 +28,7 @@ class Run:
     """One command inside, on a poller as the loop has it."""
 
     def __init__(self, container, *argv, within_s=20, variables=None, prepare=bytes):
-        self.poller = select.poll()
+        self.poller = Poller()
         self.children = children.Children(self.poller)
         self.ended = []
         self.door = inside.door_to(container.pid, container.start_ticks)
@@ -37,8 +38,7 @@ class Run:
         self.children.start(made, self.ended.append)
 
     def turn(self):
-        for fd, _ in self.poller.poll(20):
-            self.children.on_ready(fd)
+        self.poller.wait(20_000_000)
         self.children.check_deadlines(time.monotonic_ns())
 
     def end(self):
@@ -223,7 +223,7 @@ def test_what_it_forks_away_dies_with_it(container, monkeypatch):
     """By way of Commands, in a cgroup of its own; its limits are those of a memory controller, not always here."""
     monkeypatch.setattr(commands, "_LIMITS", {})
     script = "trap '' TERM HUP INT; (setsid sleep 997 &) ; echo started; exec sleep 998"
-    watched = select.poll()
+    watched = Poller()
     looked_after, ended = children.Children(watched), []
     door = inside.door_to(container.pid, container.start_ticks)
     deadline_ns = time.monotonic_ns() + 2 * SECOND
@@ -233,8 +233,7 @@ def test_what_it_forks_away_dies_with_it(container, monkeypatch):
     cgroup = next(Path(unified()).glob(f"governor-exec-{os.getpid()}-*"))
     pids = set()
     while not ended:
-        for fd, _ in watched.poll(20):
-            looked_after.on_ready(fd)
+        watched.wait(20_000_000)
         pids |= set(map(int, (cgroup / "cgroup.procs").read_text().split()))
         looked_after.check_deadlines(time.monotonic_ns())
     door.close()
