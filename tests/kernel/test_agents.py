@@ -15,6 +15,8 @@ from conftest import AGENT
 from tests.fakes import resumable_profile
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 LINES = AGENT.with_name("lines.py")
 POLICY = '[compact]\nsettle = "2s"\n[clear]\nwarning = "1s"\nsettle = "2s"\n'
 

@@ -16,6 +16,9 @@ COUNT, PER_SECOND, AT_ONCE = 1000, 50, 30
 # Another process makes pods with a container each and removes them again, and says when it made which.
 CHURN = f"""
 import os, struct, sys, time
+import pytest
+
+pytestmark = pytest.mark.any_kernel
 root, there, began = sys.argv[1], [], time.monotonic()
 def remove(pod, path):
     os.rmdir(path)

@@ -15,6 +15,8 @@ from conftest import INSTANCE, Container, in_a_fork
 from governor import cgroup
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 SELECTS = '[select]\nnamespace = ["agents"]\n\n[archive]\nglobs = ["{sessions}/*.jsonl"]\n'
 BUNDLE = "run/containerd/io.containerd.runtime.v2.task/k8s.io/{id}/config.json"
 

@@ -14,6 +14,8 @@ from test_node import Node
 from governor import cgroup, outside, pins
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 K8S = Path(__file__).parent.parent.parent / "scripts" / "k8s"
 OUTSIDE = Path(cgroup.ROOT, f"governor-reflex-{INSTANCE}")
 

@@ -12,6 +12,8 @@ from conftest import AGENT, MIB
 from governor import cgroup
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 
 class Run:
     """`governor run`, as a container or a person starts it."""

@@ -6,6 +6,8 @@ import pytest
 
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 POLICY = """
 [compact]
 deadline = "3s"

@@ -2,9 +2,12 @@
 
 import subprocess
 
+import pytest
 from test_crashes import held, is_released
 
 from governor import pins
+
+pytestmark = pytest.mark.any_kernel
 
 
 def test_off_thaws_restores_and_detaches(container, guard, tmp_path):
