@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import cri_pods
 import pytest
 import yaml
 
@@ -224,3 +225,17 @@ def pod(tmp_path):
     for one in made:
         print(one.log())
         one.close()
+
+
+@pytest.fixture(scope="session")
+def containerd(installed):
+    """With the CRI plug-in on, and an image that sleeps."""
+    checked("modprobe", "overlay")
+    config = f'version = 2\n[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "{cri_pods.IMAGE}"\n'
+    Path("/etc/containerd").mkdir(exist_ok=True)
+    Path("/etc/containerd/config.toml").write_text(config)
+    for name in ("hosts", "resolv.conf"):
+        Path("/etc", name).touch()
+    checked("systemctl", "restart", "containerd")
+    wait_for(lambda: Path(cri_pods.SOCKET).is_socket(), what="containerd's socket")
+    checked("ctr", "-n", "k8s.io", "images", "import", cri_pods.image())
