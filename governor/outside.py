@@ -7,7 +7,7 @@ That wants the host's PID namespace: one of its own takes all its processes with
 The memcg is below the root, which alone may have processes beside children that have controllers (the "no internal
 processes" rule of Documentation/admin-guide/cgroup-v2.rst). Its name is the instance's, so whoever follows a killed
 governor takes it over; who stops removes it. reflex enters before its program begins, so what it touches is charged
-there and not to the pod.
+there and not to the pod. The root's mode is 0555: making it wants CAP_DAC_OVERRIDE.
 """
 
 from __future__ import annotations

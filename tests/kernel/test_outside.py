@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ class InPod(Node):
         return self.await_line(None, "reflex_started")["pid"]
 
 
+def is_held(pod):
+    """Frozen, and not for a false alarm."""
+    was_frozen = pod.read("cgroup.freeze") == "1"
+    time.sleep(0.1)
+    return was_frozen and pod.read("cgroup.freeze") == "1"
+
+
 def nobody_is_outside():
     return (OUTSIDE / "cgroup.procs").read_text() == ""
 
@@ -78,7 +86,7 @@ def test_who_is_frozen_when_the_pod_is_killed_goes_on(node, tmp_path):
 
     node.process.send_signal(signal.SIGSTOP)  # so that nothing is decided: frozen is frozen
     agent.go()
-    wait_for(lambda: pod.read("cgroup.freeze") == "1", what="the brake")
+    wait_for(lambda: is_held(pod), what="the brake")
     node.own.write("cgroup.kill", 1)
     wait_for(nobody_is_outside, what="the end of reflex")
     assert node.process.wait(timeout=10) == -signal.SIGKILL

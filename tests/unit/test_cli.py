@@ -1,12 +1,13 @@
 """The command line, used wrongly: one line that says what was found, what was expected, and the exit status."""
 
+import json
 import os
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from governor import cli, instance, run_cli
+from governor import cli, instance, pins, run_cli
 
 WRONG = [
     (["hold", "soon"], 2, "found 'soon', expected a duration"),
@@ -18,6 +19,8 @@ WRONG = [
     (["guard", "--cgroup", "/nope"], 2, "found no memcg at /nope"),
     (["load", "--attach", "x"], 2, "found --attach 'x'"),
     (["unload", "--instance", "nope"], 1, "found no instance 'nope'"),
+    (["unload", "--instance", "../x", "--in-use"], 2, "found instance name '../x'"),
+    (["off", "--instance", "../x"], 2, "found instance name '../x'"),
     (["archive", "list", "--archive-dir", "/nope"], 0, "no archives in /nope"),
     (["archive", "verify", "\x1b[2J"], 1, "found no archive '\\x1b[2J'"),
     (["policy", "check", "/dev/zero"], 2, "found a directory or a device, expected a regular file"),
@@ -45,6 +48,26 @@ def test_what_is_said_of_wrong_use(run, words, status, said):
     assert said in done.stderr, (done.output, done.exception)
     assert done.exit_code == status
     assert done.stdout == ""
+
+
+def test_programs_in_use_are_unloaded_only_where_that_is_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pins, "INSTANCES", tmp_path / "bpf")
+    (tmp_path / "bpf" / "node" / "version").mkdir(parents=True)
+    held = instance.lock("node")
+    assert f"'node' is in use by process {os.getpid()}" in run(["unload", "--instance", "node"]).stderr
+    assert run(["unload", "--instance", "node", "--in-use"]).stdout == "node is unloaded\n"
+    assert not (tmp_path / "bpf").exists()
+    os.close(held)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-load"]], ids=lambda options: " ".join(options) or "may load")
+def test_a_daemon_that_is_not_to_load_is_told_so(run, tmp_path, monkeypatch, options):
+    became = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "execv", lambda _, argv: became.append(json.loads(argv[-1])))
+    monkeypatch.setattr(cli.guard_options, "bpf_refused", lambda v1: "")
+    run(["daemon", "--policies", str(tmp_path), "--instance", "no-such", *options])
+    assert [bool(wanted["bpf_refused"]) for wanted in became] == [bool(options)]
 
 
 def test_help_says_the_defaults_and_no_less():
