@@ -145,6 +145,11 @@ class Children:
         elif child and child.floods:
             self._end(child, over_deadline=False)
 
+    @property
+    def are_none(self) -> bool:
+        """Whether none runs."""
+        return not self._running
+
     def has_work(self) -> bool:
         """Whether one is at something other than a delivery: an archive, say."""
         return any(not child.is_delivery for child, _ in self._running.values())
@@ -238,4 +243,4 @@ def _become_child(write_fd: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    os.closerange(_PIPE_FD + 1, 4096)
+    os.closerange(_PIPE_FD + 1, os.sysconf("SC_OPEN_MAX"))  # close_range(2): the range costs nothing

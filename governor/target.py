@@ -39,6 +39,7 @@ from governor.veto import Veto
 
 _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
 _TURN_NS = SECOND  # deadlines are looked at so often at least
+_YOUNG_NS = 10 * SECOND  # so long an agent is looked for every second: it is about to be started
 _HELD_BUDGET_NS = 100 * MS  # for finding out whose growth it is, while nothing grows
 
 
@@ -53,6 +54,7 @@ class Shared:
     source_name: Callable[[int], str]  # a source in words
     protected: Callable[[], None]  # called when a target's protection has begun
     calm_interval_ns: Callable[[], int]  # a calm target need not be sampled more often: others want their turn
+    look_at: Callable[[int], None]  # a slot is to have its turn now
 
 
 class Target:
@@ -127,7 +129,7 @@ class Target:
         )
         self._decisions.carry_out = self._executor.carry_out
         self._person = Person(self._children.attempt, lambda kind, text: self._journal.write(kind, text=text))
-        self._turned_ns = time.monotonic_ns()
+        self._turned_ns = self._begun_ns = time.monotonic_ns()
         self._sampled_ns = 0
         self._last: MemoryState | None = None
         self._last_ns = 0
@@ -225,7 +227,13 @@ class Target:
     @property
     def due_ns(self) -> int:
         """When its next turn is."""
-        return min(self._sampled_ns + self._interval_ns(), self._turned_ns + _TURN_NS)
+        turn_ns = max(_TURN_NS, self._shared.calm_interval_ns()) if self._has_no_deadlines() else _TURN_NS
+        return min(self._sampled_ns + self._interval_ns(), self._turned_ns + turn_ns)
+
+    def _has_no_deadlines(self) -> bool:
+        is_young = self._turned_ns - self._begun_ns < _YOUNG_NS
+        is_calm = not (is_young or self.is_lively or self._is_raised() or self._recycle.awaits_end)
+        return is_calm and self._children.are_none and self._subscribers.are_none
 
     def _interval_ns(self) -> int:
         signals, state = self._policy.signals, self._decisions.state
@@ -350,6 +358,7 @@ class Target:
         self._agent.forget()
         self._reachable()
         self._shared.send(link.encode_slot(link.AGENT, self.slot, 0))
+        self._shared.look_at(self.slot)
 
     def _count_oom_kills(self, now_ns: int) -> None:
         if text := self._kills.look(now_ns):
@@ -365,6 +374,7 @@ class Target:
             self.note("no_socket", f"nobody can subscribe: {path}: {error.strerror}")
 
     def _hello(self) -> dict[str, object]:
+        self._shared.look_at(self.slot)
         return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
 
     def _reachable(self) -> None:

@@ -79,11 +79,7 @@ class Kubepods:
             if (pod.memcg / name).exists():
                 (pod.memcg / name).write_text(str(int(name == "cgroup.kill")))
         for level in (pod.memcg, pod.memcg.parent):
-            for _ in range(200):
-                with suppress(OSError):
-                    level.rmdir()
-                    break
-                time.sleep(0.05)
+            _rmdir(level)
         pod.bundle.unlink()
         pod.bundle.parent.rmdir()
 
@@ -91,7 +87,17 @@ class Kubepods:
         for pod in list(self.pods):
             self.remove(pod)
         for level in (self._above, self._root):
-            level.rmdir()
+            _rmdir(level)
+
+
+def _rmdir(memcg: Path) -> None:
+    """What was in it ends, and what was below it goes offline, in their own time."""
+    for _ in range(200):
+        with suppress(OSError):
+            memcg.rmdir()
+            return
+        time.sleep(0.05)
+    memcg.rmdir()
 
 
 class Daemon:

@@ -176,7 +176,7 @@ def rise_and_fall(usage: Path, times: int) -> None:
 
 def churn(daemon: Daemon, kubepods: Kubepods, for_s: float) -> None:
     """Containers made and removed, CHURN_PER_S of each a second, and what is left of them."""
-    warm = [kubepods.make(QUIET_MIB) for _ in range(50)]
+    warm = [kubepods.make(QUIET_MIB) for _ in range(int(CHURN_PER_S * CHURN_LIFE_S))]  # as many as will live at once
     daemon.protected(warm)
     for pod in warm:
         kubepods.remove(pod)
@@ -293,7 +293,6 @@ def bursts(daemon: Daemon, kubepods: Kubepods, scratch: Path, count: int) -> Non
     order = sorted(agents, key=lambda pod: first_ms(pod, "braked", "crossed_ns"))
     rows: list[list[object]] = []
     for number, pod in enumerate(order):
-        events = dict(line.split() for line in (pod.memcg / "memory.events").read_text().splitlines())
         session = scratch / f"agent-{list(agents).index(pod)}.jsonl.saved"
         what = "saved" if statuses[pod] == 128 + signal.SIGTERM and session.exists() else f"status {statuses[pod]}"
         told = (
@@ -302,7 +301,8 @@ def bursts(daemon: Daemon, kubepods: Kubepods, scratch: Path, count: int) -> Non
             ("archived", "monotonic_ns"),
             ("terminating", "monotonic_ns"),
         )
-        rows.append([number + 1, *(f"{first_ms(pod, *each):.0f}" for each in told), what, events["oom_kill"]])
+        kills = len(lines(daemon.journal(pod), ("oom_kill",)))
+        rows.append([number + 1, *(f"{first_ms(pod, *each):.0f}" for each in told), what, kills])
     saved = sum(row[-2] == "saved" for row in rows)
     print(f"{saved} of {count} agents of {BURST_MIB} MiB saved that burst at once; ms since they were let go\n")
     table(["by crossing", "crossed", "frozen", "archived", "SIGTERM", "became", "OOM kills"], rows)
