@@ -5,7 +5,6 @@ Owns no process but the children that act for it; reflex, the BPF programs and t
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from governor.model import Phase
 from governor.oom_kills import OomKills
 from governor.person import Person
 from governor.policy import MS, SECOND, Policy
-from governor.poller import Poller
+from governor.poller import Poller, is_ready
 from governor.profile import Profile
 from governor.recycle import Recycle
 from governor.subscribers import TOLD, Subscribers
@@ -184,7 +183,7 @@ class Target:
         """Whether to go on for the archive of an agent that has ended: who stops us with it must not lose that."""
         if self._agent.pidfd < 0:
             return self._children.has_work()
-        return bool(select.select([self._agent.pidfd], [], [], 0)[0])
+        return is_ready(self._agent.pidfd)
 
     def abandon(self) -> None:
         """Start nothing more, and end what was started."""

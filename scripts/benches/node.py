@@ -49,12 +49,14 @@ def node(quick: bool) -> None:
 def measured(scratch: Path, kubepods: Kubepods, quick: bool) -> None:
     daemon = Daemon(scratch, kubepods.host)
     try:
-        rows = [
-            costs(daemon, kubepods, count, idle_s=10 if quick else 30, crossings=10 if quick else 60)
-            for count in ((1, 100) if quick else (1, 100, 1000))
-        ]
         head = ["memcgs", "governor RSS, KiB", "reflex", "governor CPU, %", "reflex", "adopted, ms p50", "p99"]
-        table([*head, "all adopted, s", "crossings", "to callback, ms p50", "p99", "descriptors", "psimon"], rows)
+        head += ["all adopted, s", "crossings", "to callback, ms p50", "p99", "descriptors", "psimon"]
+        rows = []
+        for count in (1, 100) if quick else (1, 100, 1000):
+            rows.append(costs(daemon, kubepods, count, idle_s=10 if quick else 30, crossings=10 if quick else 40))
+            print(", ".join(f"{name}: {value}" for name, value in zip(head, rows[-1], strict=True)), flush=True)
+        print()
+        table(head, rows)
         for pod in kubepods.pods[10:]:
             kubepods.remove(pod)
         churn(daemon, kubepods, 20 if quick else 60)
