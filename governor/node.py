@@ -122,7 +122,8 @@ class Node:
         for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
             there.again_ns = None
             self._undecided.append(there)
-        while self._undecided and time.monotonic_ns() - now_ns < _CHOOSING_NS:
+        until_ns = time.monotonic_ns() + _CHOOSING_NS
+        while self._undecided and time.monotonic_ns() < until_ns:
             there = self._undecided.popleft()
             if self._there.get(there.container.cgroup) is there:
                 self._choose(there)
