@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from governor import subtree
+from governor import inside, subtree
 from governor.actions import processes
 from governor.profile import Match
-from governor.profile_agent import Agent, NoAgent, find_agent
+from governor.profile_agent import Agent, NoAgent, find_agent, fits
 from governor.session_files import Pattern, home_of, parse_pattern
 
 _STARTING_S = 10.0
@@ -27,10 +27,12 @@ class AgentProcess:
         is_within: bool = False,
         match: Match | None = None,
         only_wanted: bool = False,
+        lives_elsewhere: bool = False,
     ) -> None:
         """`is_within`: governor itself is in that memcg, and not its agent. `match`: which of that tree it is.
 
-        `only_wanted`: after `wanted_pid` nobody else of the memcg is taken for the agent.
+        `only_wanted`: after `wanted_pid` nobody else of the memcg is taken for the agent. `lives_elsewhere`: until it
+        is found nothing is looked up here in its name.
         """
         self._only_wanted = only_wanted
         self._cgroup, self._is_within = cgroup, is_within
@@ -39,8 +41,11 @@ class AgentProcess:
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._home = "/"
+        self.door: inside.Door | None = None  # to where it lives, if that is elsewhere
+        self.lives_elsewhere = lives_elsewhere  # kept until the next is found: its paths are not ours
         self.uids: frozenset[int] = frozenset()  # who it runs as
         self.known: Agent | None = None  # what a profile found
+        self.ends_all = False  # whether what was started in its place ends with it
         self._looked_ns = 0
         self._below: set[tuple[int, int, str, bool]] = set()  # who descends from a stand-in, at the last look
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
@@ -62,9 +67,18 @@ class AgentProcess:
             self.pidfd = os.pidfd_open(found.pid)
         except OSError:
             return False
-        self.pid, self.start_ticks, self._home = found.pid, found.start_ticks, home_of(found.pid)
-        if self.known:
-            self._home = self.known.home
+        self.pid, self.start_ticks = found.pid, found.start_ticks
+        try:
+            self.door = inside.door_to(self.pid, self.start_ticks)
+            self.lives_elsewhere = self.door is not None
+        except ProcessLookupError:
+            self.let_go()
+            return False
+        except OSError:  # no way in: nothing is read in its name
+            self.lives_elsewhere = True
+        if not self.lives_elsewhere:  # a path of a container is not to be looked up here
+            self._home = self.known.home if self.known else home_of(self.pid)
+        self.ends_all = self._ends_all()
         with suppress(OSError):
             self.uids = frozenset({os.stat(f"/proc/{found.pid}").st_uid})  # noqa: PTH116  no pathlib here
         return True
@@ -93,6 +107,19 @@ class AgentProcess:
                 return find_agent(self._match, pid)
         return None
 
+    def _ends_all(self) -> bool:
+        """Whether nobody between what was started and the agent goes on after it, as far as is known."""
+        chain = subtree.ancestors(self.pid)
+        if self._wanted_pid not in chain:
+            return False
+        above = [subtree.read_stat(pid) for pid in chain[1 : chain.index(self._wanted_pid) + 1]]
+        match = self._match
+        return all(
+            stat
+            and subtree.ends_with_child(stat.pid, stat.comm, match is not None and fits(match, stat.pid, stat.comm))
+            for stat in above
+        )
+
     def _may_still_come(self, pid: int) -> bool:
         """Whether what the profile means is not there yet, but what starts it has run for moments only."""
         if not self._match or not self._match.process or not (stat := subtree.read_stat(pid)):
@@ -116,8 +143,11 @@ class AgentProcess:
     def patterns(self, globs: Sequence[str]) -> list[Pattern]:
         """Globs with this agent's home for `~`; without an agent those with `~` are left out.
 
-        Links in their fixed part are resolved once: what the container makes of it later is not followed.
+        Links in their fixed part are resolved once: what the container makes of it later is not followed. None for an
+        agent that lives elsewhere.
         """
+        if self.lives_elsewhere:
+            return []
         wanted = tuple(glob for glob in globs if self.pidfd >= 0 or glob[0] != "~")
         if wanted not in self._patterns:
             self._patterns = {wanted: [parse_pattern(glob, self._home) for glob in wanted]}
@@ -137,6 +167,9 @@ class AgentProcess:
         """To be found anew, from where it was looked for before."""
         with suppress(OSError):
             os.close(self.pidfd)
+        if self.door:
+            self.door.close()
+            self.door = None
         self.pid = self.start_ticks = 0
         self.pidfd = -1
         self._patterns = {}

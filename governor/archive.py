@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tarfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -88,23 +88,26 @@ def write(
     exclude: tuple[str, ...] = CREDENTIALS,
     since: Manifest | None = None,
     fallbacks: list[Path] | None = None,
+    matches: Callable[[], Iterable[Found]] | None = None,
 ) -> Manifest:
     """Write one archive and return its manifest; raises ArchiveError, leaving nothing behind.
 
     `exclude` are globs as in session_files.find. With `since`, a full archive in the same directory, only what is new
     or has changed goes in; where nothing has, no archive is made and `since` itself is returned. Where that archive
     is elsewhere, everything goes in. Where `directory` cannot be written, the `fallbacks` are tried in order; then
-    `facts["fallback"]` holds the directory and what was wrong with those before.
+    `facts["fallback"]` holds the directory and what was wrong with those before. `matches` finds the files where
+    that is not to be done here by `patterns`.
     """
     if since and since.base:
         raise ValueError(f"{since.name} is a delta itself: a delta needs a full archive")
+    found = matches or (lambda: find(patterns, exclude))
     refused: dict[str, str] = {}
     for place in (directory, *(fallbacks or [])):
         told = {"fallback": {"directory": str(place), "refused": dict(refused)}} if refused else {}
         try:
             base = since if since and (place / since.name / MANIFEST_NAME).is_file() else None
             manifest = _new_manifest(reason, target, facts | told, base)
-            return _write_to(place, patterns, manifest, limit_bytes, exclude, base)
+            return _write_to(place, found, manifest, limit_bytes, base)
         except OSError as error:
             refused[str(place)] = error.strerror or str(error)
     causes = "; ".join(f"{place}: {why}" for place, why in refused.items())
@@ -123,10 +126,9 @@ def _new_manifest(reason: str, target: str, facts: dict[str, Any], base: Manifes
 
 def _write_to(
     directory: Path,
-    patterns: list[Pattern],
+    matches: Callable[[], Iterable[Found]],
     manifest: Manifest,
     limit_bytes: int,
-    exclude: tuple[str, ...],
     base: Manifest | None,
 ) -> Manifest:
     building = directory / f".building-{manifest.name}"
@@ -141,7 +143,7 @@ def _write_to(
                 zstandard.ZstdCompressor(level=_LEVEL).stream_writer(sink, closefd=False) as packed,
                 tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
             ):
-                _fill(tar, find(patterns, exclude), contents, known)
+                _fill(tar, matches(), contents, known)
             _sync(sink)
         whole = replace(manifest, files=contents.entries, skipped=contents.skipped, complete=contents.complete)
         if base and not whole.files and (whole.skipped, whole.complete) == (base.skipped, base.complete):
@@ -166,7 +168,8 @@ def _fill(tar: tarfile.TarFile, matches: Iterable[Found], contents: _Contents, k
             contents.complete = False
             break
         if found.fd is None:
-            if len(contents.skipped) < _SKIPPED_LIMIT:
+            contents.complete &= not found.is_cut_short
+            if found.is_cut_short or len(contents.skipped) < _SKIPPED_LIMIT:
                 contents.skipped[found.path] = found.skipped
             continue
         try:

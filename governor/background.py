@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 _WAIT_MS = 60_000
+_LOG_BYTES = 1 << 20
+_NAME = "GOVERNOR_LOG"  # tells the guard, which begins by an exec, where its words go
 
 
 def detach() -> int:
@@ -42,7 +44,10 @@ def ready(fd: int) -> int:
 
 
 def leave_streams(log: Path) -> None:
-    """Standard streams to the log and nowhere else; what the log holds already is kept once more. Raises OSError."""
+    """Standard streams to the log and nowhere else; what the log holds already is kept once more. Raises OSError.
+
+    bound_log() keeps it small from then on.
+    """
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if log.is_file():
         log.replace(log.with_name(f"{log.name}.1"))
@@ -52,7 +57,33 @@ def leave_streams(log: Path) -> None:
         os.dup2(ours, fd)
     os.close(out)
     os.close(null)
+    os.environ[_NAME] = str(log)
     os.chdir("/")
+
+
+def bound_log() -> None:
+    """Once the log holds more than 1 MiB, keep that as leave_streams() does, and go on with none. Raises OSError.
+
+    It is copied and emptied in its place: reflex and the guard's children append to it as well.
+    """
+    path = os.environ.get(_NAME)
+    size_bytes = os.fstat(2).st_size if path else 0
+    if not path or size_bytes <= _LOG_BYTES:
+        return
+    log = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not os.path.samestat(os.fstat(log), os.fstat(2)):  # somebody has moved it, and looks after it
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with suppress(OSError):  # a full disk
+            before = os.open(f"{path}.1", flags, 0o600)
+            try:
+                os.sendfile(before, log, 0, size_bytes)
+            finally:
+                os.close(before)
+        os.ftruncate(log, 0)
+    finally:
+        os.close(log)
 
 
 def _await(pid: int, read_fd: int) -> NoReturn:

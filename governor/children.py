@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
 _DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
 _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
-_PIPE_FD = 3  # in the child
+PIPE_FD = 3  # in the child: what it prints
 
 
 class Deferred(Exception):
@@ -184,8 +184,12 @@ class Children:
             self._poller.unregister(fd)
 
 
-def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False) -> Child:
+def fork(
+    work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bool = False, keep: Collection[int] = ()
+) -> Child:
     """Run `work` in a fork of this process: it starts at once, with everything imported.
+
+    It has the descriptors to `keep`, which are above 3, and no others of this process.
 
     What it returns becomes the child's output. An exception becomes exit status 1 with its text as output, Deferred
     becomes 75.
@@ -195,7 +199,7 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bo
     if pid == 0:
         status, output = 1, b""
         try:
-            _become_child(write_fd)
+            _become_child(write_fd, keep)
             output = work()
             status = 0
         except Deferred as error:
@@ -204,7 +208,7 @@ def fork(work: Callable[[], bytes], deadline_ns: int, what: str, is_delivery: bo
             output = str(error).encode()
         finally:
             with suppress(OSError):
-                os.write(_PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
+                os.write(PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
             os._exit(status)
     os.close(write_fd)
     os.set_blocking(read_fd, False)
@@ -225,21 +229,31 @@ def spawn(
     """
 
     def work() -> bytes:
-        os.write(_PIPE_FD, prepare())
+        os.write(PIPE_FD, prepare())
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         for number in (1, 2):
-            os.dup2(_PIPE_FD, number)
+            os.dup2(PIPE_FD, number)
         os.execvpe(argv[0], argv, {**os.environ, **environment})
 
     return fork(work, deadline_ns, what, is_delivery=True)
 
 
-def _become_child(write_fd: int) -> None:
-    """A process group of its own, usual signals, and none of the parent's descriptors but the pipe."""
+def _become_child(write_fd: int, keep: Collection[int]) -> None:
+    """A process group of its own, usual signals, none of the parent's descriptors but the pipe and those to keep."""
+    assert all(fd > PIPE_FD for fd in keep)
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    os.dup2(write_fd, _PIPE_FD, inheritable=False)
-    os.closerange(_PIPE_FD + 1, os.sysconf("SC_OPEN_MAX"))  # close_range(2): the range costs nothing
+    os.dup2(write_fd, PIPE_FD, inheritable=False)
+    close_all_but({0, 1, 2, PIPE_FD, *keep})
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor of this process that is not one of these."""
+    first = 0
+    for fd in (*sorted(keep), os.sysconf("SC_OPEN_MAX")):
+        if first < fd:  # closerange(0, 0) means all of them to close_range(2)
+            os.closerange(first, fd)
+        first = fd + 1

@@ -38,6 +38,7 @@ from governor.policy_cli import policy_app
 from governor.profile_cli import profile_app
 from governor.run_cli import run
 from governor.run_streams import fill_standard_streams
+from governor.status_cli import status
 
 if TYPE_CHECKING:
     from governor.replay import Decision
@@ -54,8 +55,10 @@ app.add_typer(archive_app, name="archive")
 app.add_typer(policy_app, name="policy")
 app.add_typer(profile_app, name="profile")
 app.command(context_settings={"allow_interspersed_args": False})(run)
+app.command()(status)
 
 _UNREADABLE_SHOWN = 5
+_NOT_LOADED = "none are loaded, and --no-load was given"
 InstanceOption = Annotated[str, typer.Option("--instance", help="Name of the set of BPF programs.")]
 
 
@@ -192,15 +195,28 @@ def daemon(
     host_root: Annotated[str, typer.Option(help="Where the host's files are, for a daemon in a container.")] = "/",
     source: Annotated[str, typer.Option(help="auto (the best there is), bpf, psi or poll.")] = "auto",
     name: Annotated[str, typer.Option("--instance")] = "node",
+    listen: Annotated[
+        str, typer.Option(help="Where /metrics, /healthz and /readyz are answered: ADDRESS:PORT [default: nowhere].")
+    ] = "",
+    no_load: Annotated[
+        bool, typer.Option("--no-load", help="Compile nothing: use what governor load has loaded, else poll.")
+    ] = False,
 ) -> None:
     """Protect every container of this node that a policy selects; SIGHUP reads the policies again.
 
     Example: governor daemon --policies /etc/governor/policies --dry-run
     """
+    from governor.http_endpoint import parse_address
+
     if os.geteuid() != 0:
         fail("governor daemon governs other users' containers: run it as root")
     if source not in guard_options.SOURCES[1:]:
         fail(f"found --source {source!r}, expected auto, bpf, psi or poll", 2)
+    try:
+        if listen:
+            parse_address(listen)
+    except ValueError as error:
+        fail(f"--listen: {error}", 2)
     try:
         policy_directory.load(policies)
     except policy_directory.PoliciesError as error:
@@ -217,7 +233,8 @@ def daemon(
         "host_root": host_root,
         "dry_run": dry_run,
         "source": source,
-        "bpf_refused": "" if pins.current(name) else guard_options.bpf_refused(v1),
+        "listen": listen,
+        "bpf_refused": "" if pins.current(name) else _NOT_LOADED if no_load else guard_options.bpf_refused(v1),
         "unload_at_end": pins.current(name) is None,
     }
     os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.node", orjson.dumps(wanted).decode()])
@@ -242,9 +259,16 @@ def load(
 
 
 @app.command()
-def unload(name: InstanceOption = "default") -> None:
+def unload(
+    name: InstanceOption = "default",
+    in_use: Annotated[
+        bool, typer.Option("--in-use", help="Also while a governor uses it, which polls from then on.")
+    ] = False,
+) -> None:
     """Detach and unpin the BPF programs of an instance."""
-    _lock_instance(_checked(name))
+    _checked(name)
+    if not in_use:
+        _lock_instance(name)
     if not pins.unload(name):
         known = ", ".join(pins.instances()) or "none"
         fail(f"found no instance {name!r}; loaded: {known}")
@@ -411,14 +435,16 @@ def _side_by_side(decision: Decision) -> str:
 
 
 @app.command()
-def off() -> None:
+def off(
+    name: Annotated[str, typer.Option("--instance", help="Only this one [default: all].")] = "",
+) -> None:
     """Stop every governor on this machine, thaw all, restore all knobs, detach all programs.
 
     Without root only your own.
     """
     from governor.switch_off import switch_off
 
-    for line in switch_off() or ["nothing was on"]:
+    for line in switch_off(name and _checked(name)) or ["nothing was on"]:
         out(line)
 
 

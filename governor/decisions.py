@@ -6,7 +6,7 @@ The ladder itself is pure (`ladder.step`); what it decides is done by whoever `c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from governor import ladder, model, state_file
 from governor.agent_process import AgentProcess
@@ -18,6 +18,9 @@ from governor.tiers import since
 
 _JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
 
+# The event, the state before and after it, what was decided, and when
+OnStep = Callable[[model.Event, model.State, model.State, Sequence[model.Instruction], int], None]
+
 
 class Decisions:
     """The ladder's state of one governed memcg, and its policy."""
@@ -27,6 +30,7 @@ class Decisions:
         self.policy = policy
         self.state = model.State()
         self.carry_out: Callable[[model.Instruction, model.State], None] = lambda *_: None
+        self.on_step: OnStep = lambda *_: None  # hears of each step before it is carried out
         self._target, self._agent = target, agent
         self._journal, self._note = journal, note
         self._path = state_file.path_for(target)
@@ -70,6 +74,7 @@ class Decisions:
             )
         if self.state != before:
             self._save()
+        self.on_step(event, before, self.state, instructions, at_ns)
         ended = self._warnings.over(before, self.state, instructions, at_ns)  # what is carried out may feed more
         for instruction in instructions:
             try:

@@ -67,8 +67,10 @@ class Deliveries:
         }
 
         def run() -> Child:
+            if self.agent.lives_elsewhere and not self.agent.door:
+                raise OSError("there is no way to where the agent lives")
             what = f"{tier.value}: {reason}"
-            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what)
+            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what, self.agent.door)
             if why_not:
                 self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
             return child

@@ -22,6 +22,7 @@ from governor.cgroup import MemoryState
 from governor.children import Children, Ended, fork
 from governor.codec import plain
 from governor.deliveries import Deliveries
+from governor.inside_read import find_inside
 from governor.journal import Note, say
 from governor.limits import Limits
 from governor.manifest import ArchiveError, read_manifest
@@ -166,6 +167,10 @@ class Executor:
         facts = {"agent_pid": agent.pid, "ladder": plain(state)}
         place, base = self._full
         exclude = (*CREDENTIALS, *policy.exclude)
+        door = agent.door
+        if agent.lives_elsewhere and not door:
+            self._archived(Ended(1, b"there is no way to where the agent's files are", False), is_last, then)
+            return
 
         def work() -> bytes:
             since = None
@@ -182,6 +187,7 @@ class Executor:
                 exclude=exclude,
                 since=since,
                 fallbacks=self.fallbacks,
+                matches=(lambda: find_inside(door, policy.globs, exclude)) if door else None,
             )
             fallback = made.facts.get("fallback", {})
             directory = Path(fallback.get("directory", self.archive_directory))
@@ -192,7 +198,8 @@ class Executor:
 
         deadline_ns = time.monotonic_ns() + policy.deadline_ns
         self.children.attempt(
-            lambda: fork(work, deadline_ns, f"archive: {reason}"), lambda ended: self._archived(ended, is_last, then)
+            lambda: fork(work, deadline_ns, f"archive: {reason}", keep=door.fds if door else ()),
+            lambda ended: self._archived(ended, is_last, then),
         )
 
     def _archived(self, ended: Ended, is_last: bool, then: Callable[[bool], None] | None) -> None:
@@ -265,22 +272,16 @@ class Executor:
         if self.recycle.awaits_end:  # and so its session goes on compacted, whatever ends it
             self.recycle.leave()
             return
-        if not (
-            self.resume_path
-            and profile
-            and agent
-            and (argv := resume.command(profile, agent, "resume", self.program))
-        ):
+        if not (self.resume_path and profile and agent):
             return
+        path = self.resume_path
+        compacting_ns = 0 if wanted.efficacy is Efficacy.USELESS else wanted.compacting_ns
         try:
-            if cut_turn.ended(self.resume_path, profile, agent):
+            is_ordered = resume.order_session(path, how, why, profile, agent, self.program, compacting_ns)
+            if is_ordered and cut_turn.ended(path, profile, agent):
                 self.note("turn_cut_off", "its turn was cut off: it is asked for again once, when it is resumed")
-            is_compacted = wanted.efficacy is not Efficacy.USELESS  # or it may fill memory as it comes back
-            compacting = resume.command(profile, agent, "compact_stopped", self.program) if is_compacted else ()
-            within_s = wanted.compacting_ns / SECOND
-            refused = profile.session.compact_refused
-            resume.order(self.resume_path, how, why, argv, compacting, within_s, refused)
         except (OSError, ValueError) as error:
+            resume.withdraw(path)
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 
     def _within_reach(self) -> list[processes.Process]:

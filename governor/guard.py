@@ -32,6 +32,7 @@ class Guard:
     program: str = ""  # the agent's, as governor run was given it
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
     recycled: str | None = None  # the agent came back by a recycle: "" compacted, else why not
+    is_container: bool = False  # and not this one: its paths are not ours
     ready_fd: int = -1  # who waits for protection to begin, as background.ready() tells it; -1: nobody
 
 

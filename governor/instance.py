@@ -100,9 +100,9 @@ def _take(fd: int, path: Path) -> None:
         raise Busy(path, 0)
 
 
-def holders() -> list[int]:
-    """Pids of all processes that hold a lock now."""
-    return sorted(set(_held("*.lock").values()) - {0})
+def holders(name: str = "*") -> list[int]:
+    """Pids of all processes that hold a lock now, or the one of this name."""
+    return sorted(set(_held(f"{name}.lock").values()) - {0})
 
 
 def guarded() -> dict[int, int]:

@@ -28,6 +28,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from governor import background
+
 
 class Note(Protocol):
     """A line for people and for the journal."""
@@ -119,5 +121,6 @@ def say(text: str) -> None:
     try:
         if any(state & select.POLLOUT for _, state in poller.poll(0)):  # a pipe then has room for PIPE_BUF
             os.write(2, line)
+            background.bound_log()
     except OSError:
         return

@@ -455,7 +455,7 @@ def _engaged(state: State, ratio: float, now_ns: int, policy: Policy) -> State:
         state,
         in_episode=state.in_episode or levels[0] is not None,
         compact=replace(tiers.advanced(state.compact, compact, now_ns), engaged_ns=levels[0]),
-        recycle=replace(tiers.advanced(state.recycle, recycle, now_ns), engaged_ns=levels[1]),
+        recycle=replace(tiers.advanced(state.recycle, recycle, now_ns, end.grace_ns), engaged_ns=levels[1]),
         clear=replace(tiers.advanced(state.clear, clear, now_ns), engaged_ns=levels[2]),
         terminate_engaged_ns=levels[3],
     )
@@ -550,24 +550,21 @@ def _compact(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> 
 def _recycle(state: State, memory: MemoryState, now_ns: int, policy: Policy, agent_bytes: int) -> Step:
     """Find out whether the agent can be restarted: where compact gives nothing, and there is room for it then."""
     recycle, wanted = state.recycle, policy.recycle
-    deferred = recycle.status is Status.DEFERRED
-    if _vetoed(state, now_ns) or recycle.status not in (Status.RUNNING, Status.DEFERRED):  # it is not announced
+    deferred, vetoed = recycle.status is Status.DEFERRED, _vetoed(state, now_ns)
+    if vetoed or recycle.status not in (Status.RUNNING, Status.DEFERRED):  # it is not announced
         recycle = replace(recycle, warned_ns=None)
         state = replace(state, recycle=recycle)
     announced = recycle.warned_ns is not None and since(recycle.warned_ns, now_ns) < wanted.warning_ns
     cooled = deferred or since(recycle.delivered_ns, now_ns) >= wanted.cooldown_ns
     due = (
-        not announced
+        not vetoed
+        and not announced
         and cooled
         and recycle.reachable
         and tiers.gave_nothing(state.compact)
         and not _is_asked(state.clear)
     )
-    if (
-        not due
-        or not tiers.is_due(recycle, wanted, memory.unreclaimable_ratio, 1.0, now_ns)
-        or _vetoed(state, now_ns)
-    ):
+    if not due or not tiers.is_due(recycle, wanted, memory.unreclaimable_ratio, 1.0, now_ns):
         return state, ()
     if status := tiers.impossible(recycle, wanted, now_ns):
         return replace(state, recycle=replace(recycle, status=status, at_ns=now_ns)), ()

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import orjson
 
-from governor import background, children, link, pins, record
+from governor import background, children, link, pins, poll_source, record
 from governor.actions.commands import Commands
 from governor.brake import KnobFile
+from governor.container import Container
 from governor.guard import Guard, read_policy, read_profile
+from governor.health import Vitals
 from governor.journal import Note, say
 from governor.policy import SECOND, Policy, Source
 from governor.poller import Poller
@@ -29,6 +31,7 @@ from governor.profile import Profile
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
 from governor.schedule import Schedule
+from governor.tally import Tally
 from governor.target import Shared, Target
 from governor.toml_file import FileError
 
@@ -43,8 +46,13 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Loop:
     """Everything that one governor protects; ends with its last target unless `is_lasting`."""
 
-    def __init__(self, instance: str, knob_path: str, source: Source, bpf_refused: str = "") -> None:
-        """`bpf_refused`: why the programs are not to be loaded, "" where they are to be tried. Raises OSError."""
+    def __init__(
+        self, instance: str, knob_path: str, source: Source, bpf_refused: str = "", reflex_memcg: str = ""
+    ) -> None:
+        """`bpf_refused`: why the programs are not to be loaded, "" where they are to be tried. Raises OSError.
+
+        `reflex_memcg`: the one that reflex lives in, "" for governor's own.
+        """
         self._instance, self._source = instance, source
         self.is_lasting = False
         self.unload_at_end = False
@@ -56,12 +64,13 @@ class Loop:
         self.status = 0  # to exit with
         self.poller = Poller()
         self.targets: dict[int, Target] = {}  # by slot
+        self.tally = Tally()
         self._by_cgroup_id: dict[int, Target] = {}
         self._on_drop: dict[int, Callable[[], None]] = {}
         self._schedule = Schedule()
         self.knob_file = KnobFile(knob_path)
         pinned = pins.current(instance) if source in (Source.AUTO, Source.BPF) else None
-        self._reflex = ReflexProcess(pinned, Path(knob_path), source.value)
+        self._reflex = ReflexProcess(pinned, Path(knob_path), source.value, reflex_memcg)
         self._programs = Programs(instance, source, bpf_refused, self._reflex, lambda *a, **f: self.note(*a, **f))
         self.children = children.Children(self.poller)  # that act for no single target
         self._shared = Shared(
@@ -69,6 +78,8 @@ class Loop:
             self.knob_file,
             Commands(),
             self._reflex.send,
+            lambda: self.reflex_pid,
+            self.tally,
             self._programs.source_name,
             lambda: self.protected(),
             lambda: len(self.targets) * max(_CALM_NS, _CALM_RATIO * self._turn_took_ns),
@@ -76,6 +87,7 @@ class Loop:
         )
         self._dropped = 0
         self._turn_took_ns = 0  # CPU time, the average of late
+        self._had_bpf = False
         self._stopping = self._in_a_hurry = False
 
     # Targets
@@ -87,12 +99,13 @@ class Loop:
         wanted: Policy,
         profile: Profile | None,
         on_drop: Callable[[], None] = lambda: None,
+        container: Container | None = None,
     ) -> Target:
         """One more target; `on_drop` is called once it is one no more, before the end of the loop.
 
         Raises OSError where its memcg or its journal cannot be opened.
         """
-        target = Target(guard, slot, wanted, profile, self._shared)
+        target = Target(guard, slot, wanted, profile, self._shared, container)
         self.targets[slot] = self._by_cgroup_id[target.cgroup_id] = target
         self._on_drop[slot] = on_drop
         self._schedule.set(slot, 0)
@@ -114,6 +127,26 @@ class Loop:
         del self.targets[target.slot], self._by_cgroup_id[target.cgroup_id]
         self._schedule.drop(target.slot)
         self._on_drop.pop(target.slot)()
+
+    # What can be seen of it
+
+    @property
+    def reflex_pid(self) -> int:
+        """Of the running reflex; 0: it does not run."""
+        return self._reflex.pid or 0
+
+    def vitals(self, scanned: bool = True) -> Vitals:
+        """How it is now; `scanned` as Vitals has it."""
+        now_ns = time.monotonic_ns()
+        return Vitals(
+            reflex_runs=self._reflex.pid is not None,
+            reflex_silent=self._reflex.silent(now_ns),
+            had_bpf=self._had_bpf,
+            has_bpf=not self._programs.lost,
+            scanned=scanned,
+            late_ns=max((target.late_ns(now_ns) for target in self.targets.values()), default=0),
+            without_source=sum(not target.source for target in self.targets.values()),
+        )
 
     # The loop
 
@@ -151,6 +184,7 @@ class Loop:
             self._turn(target, now_ns)
         next_ns = self._schedule.next_ns()
         until_ns = now_ns + SECOND if next_ns is None else min(next_ns, now_ns + SECOND)
+        self.tally.turns.observe(time.monotonic_ns() - self.poller.woken_ns)
         self.poller.wait(0 if is_pressed else until_ns - time.monotonic_ns())
 
     def _turn(self, target: Target, now_ns: int) -> None:
@@ -167,6 +201,7 @@ class Loop:
             self._schedule.set(target.slot, max(target.due_ns, now_ns + 1))
 
     def _fault(self, error: Exception, note: Note) -> None:
+        self.tally.faults += 1
         where = traceback.extract_tb(error.__traceback__)[-1]
         note("fault", f"{error!r} at {where.name}, line {where.lineno}: going on")
 
@@ -214,6 +249,7 @@ class Loop:
             self.note("reflex_silent", "reflex says nothing any more: ending it")
             self._reflex_gone()
         if self._reflex.start(now_ns):
+            self.tally.reflex_starts += 1
             self.poller.register(self._reflex.fd, lambda _: self._hear_reflex())
             for target in self.targets.values():
                 target.adopt()
@@ -225,6 +261,7 @@ class Loop:
         restored = self.knob_file.restore_all()
         undone = "; ".join(restored) or "nothing was braked"
         self.note("reflex_gone", f"reflex ended with status {status}: {undone}; starting it again", status=status)
+        self.tally.released_all(time.monotonic_ns())
         for target in self.targets.values():
             target.lost_reflex()
 
@@ -240,6 +277,7 @@ class Loop:
     def _on_reflex(self, said: link.FromReflex) -> None:
         match said:
             case link.Heard(record=found, called_back_ns=called_back_ns):
+                self.tally.heard(found, called_back_ns)
                 if target := self._by_cgroup_id.get(found.cgroup_id):
                     target.on_record(found, called_back_ns)
                     self._schedule.set(target.slot, target.due_ns)
@@ -248,6 +286,7 @@ class Loop:
             case link.Braked(slot=slot) | link.Thawed(slot=slot) | link.Adopted(slot=slot) | link.Source(slot=slot):
                 if (target := self.targets.get(slot)) is not None:
                     target.on_reflex(said)
+                    self._had_bpf |= target.source == poll_source.NAMES[poll_source.BPF]
                     self._schedule.set(slot, target.due_ns)
             case link.Refused(reason=reason):
                 self._programs.refused(reason)
@@ -257,6 +296,7 @@ class Loop:
                 self._stop()
             case link.Alive(dropped=dropped) if dropped > self._dropped:
                 self.note("dropped", f"the kernel lost {dropped - self._dropped} records: looking again")
+                self.tally.dropped_records += dropped - self._dropped
                 self._dropped = dropped
                 for target in self.targets.values():
                     target.sample(time.monotonic_ns())

@@ -123,7 +123,10 @@ class Archived:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A delivery ended: DELIVERED, DEFERRED or FAILED; with a fresh look, None where there is none."""
+    """A delivery ended: DELIVERED, DEFERRED or FAILED; with a fresh look, None where there is none.
+
+    EXPIRED: a recycle that nobody finished, as its agent's new start was interrupted.
+    """
 
     tier: Tier
     status: Status

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import orjson
 
-from governor import cgroup, guard_options, instance, pins, policy_directory, selection, state_file
+from governor import cgroup, guard_options, instance, outside, pins, policy_directory, selection, state_file
 from governor.census import Census, Known
 from governor.container import Container
 from governor.discovery import Gone
 from governor.guard import Guard
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
+from governor.observation import Observation
 from governor.policy import Policy, Source
 from governor.policy_directory import PoliciesError
 
@@ -47,6 +48,7 @@ class Wanted:
     source: str = Source.AUTO.value
     bpf_refused: str = ""  # why the programs are not to be loaded
     unload_at_end: bool = True
+    listen: str = ""  # where /metrics, /healthz and /readyz are answered; "": nowhere
 
 
 @dataclass(slots=True)
@@ -66,7 +68,9 @@ class Node:
         self._wanted = wanted
         self._policies = policy_directory.load(Path(wanted.policies))
         self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
-        self.loop = Loop(wanted.instance, wanted.knob_path, Source(wanted.source), wanted.bpf_refused)
+        self._outside, self._why_inside = outside.make(wanted.instance)
+        source = Source(wanted.source)
+        self.loop = Loop(wanted.instance, wanted.knob_path, source, wanted.bpf_refused, self._outside)
         self.loop.is_lasting, self.loop.unload_at_end = True, wanted.unload_at_end
         self.loop.note, self.loop.reload, self.loop.on_turn = self.note, self._read_policies_again, self._turn
         now_ns = time.monotonic_ns()
@@ -76,6 +80,7 @@ class Node:
         self._undecided: deque[_There] = deque()
         journals = Path(wanted.state, _JOURNALS).glob("*.ndjson")
         self._left = dict.fromkeys(sorted(journals, key=_changed_s))  # journals of who is gone, oldest first
+        self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
         """Until SIGTERM; the status to exit with."""
@@ -90,7 +95,17 @@ class Node:
             self.loop.knob_file.release(slot)
         names = ", ".join(policy.name for policy in self._in_order()) or "none"
         self.note("begun", f"policies: {names}{'; dry run' if self._wanted.dry_run else ''}")
-        self.loop.run()
+        if self._outside:
+            self.note("outside", f"reflex lives in {self._outside}, and outlives this pod")
+        elif self._why_inside:
+            danger = "whoever kills this pod kills reflex with it, and what is frozen stays so"
+            self.note("inside", f"{danger}: {self._why_inside}")
+        try:
+            self.loop.run()
+        finally:
+            self._observation.close()
+            if self._outside:
+                outside.remove(self._outside)
         return self.loop.status
 
     def note(self, kind: str, text: str, **fields: object) -> None:
@@ -117,8 +132,10 @@ class Node:
     # Containers
 
     def _turn(self, now_ns: int) -> bool:
+        self._observation.turn(now_ns)
         if now_ns >= self._census.due_ns:
             self._heed_census()
+            self.loop.tally.scanned(time.monotonic_ns() - now_ns)
         for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
             there.again_ns = None
             self._undecided.append(there)
@@ -139,11 +156,13 @@ class Node:
         for event in events:
             match event:
                 case Known(container=container):
+                    self.loop.tally.found += container.cgroup not in self._there
                     there = self._there.setdefault(container.cgroup, _There(container))
                     there.container = container
                     self._undecided.append(there)
                 case Gone(path=path):
                     gone = self._there.pop(path, None)
+                    self.loop.tally.gone += gone is not None
                     if gone and gone.slot is not None:
                         self.loop.look_at(gone.slot)  # what was begun for it is brought to its end
 
@@ -155,7 +174,10 @@ class Node:
         for refused in choice.refused:
             self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
         target = self.loop.targets.get(there.slot) if there.slot is not None else None
+        if target:
+            target.known_as(there.container)
         if choice.policy is None:
+            self.loop.tally.not_selected += 1
             if target:
                 self.note("let_go", f"{shown}: not governed any more: {choice.reason}", cgroup=path)
                 self.loop.drop(target)
@@ -173,14 +195,17 @@ class Node:
             lock_fd = instance.lock(guard_options.lock_name(cgroup_id))
             os.set_inheritable(lock_fd, False)
             guard = self._guard(there.container, policy)
-            self.loop.add(guard, slot, policy, None, lambda: self._dropped(there, cgroup_id, lock_fd))
+            done = lambda: self._dropped(there, cgroup_id, lock_fd)  # noqa: E731
+            self.loop.add(guard, slot, policy, None, done, there.container)
         except FileNotFoundError:  # gone again
             pass
         except instance.Busy as busy:
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
             self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
         except OSError as error:
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self.loop.tally.not_governed += 1
             self.note("not_governed", f"{shown}: {error.strerror}: {error.filename}", cgroup=path)
         else:
             there.slot = slot
@@ -199,6 +224,7 @@ class Node:
             archive_directory=f"{self._wanted.state}/archive",
             journal_path=str(self._journal_path(container)),
             policy=policy.name,
+            is_container=True,
         )
 
     def _journal_path(self, container: Container) -> Path:
@@ -241,7 +267,7 @@ def main() -> int:
     wanted = Wanted(**orjson.loads(sys.argv[1]))
     try:
         node = Node(wanted)
-    except (OSError, PoliciesError) as error:
+    except (OSError, ValueError, PoliciesError) as error:
         say(f"cannot govern this node: {error}")
         if wanted.unload_at_end:
             pins.unload(wanted.instance)

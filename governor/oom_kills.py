@@ -31,6 +31,11 @@ class OomKills:
         self._killed_ns: int | None = None
         self._cause = ""
 
+    @property
+    def count(self) -> int:
+        """Victims since this began to look."""
+        return self._count - self._first
+
     def look(self, now_ns: int) -> str:
         """What is to be said of kills since the last look; "" where there were none."""
         kills = _kills(self._path)  # before the requests: a victim that is counted has its request counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Callable
 
 Heard = Callable[[int], None]
@@ -21,6 +22,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._owners: dict[int, Heard] = {}
+        self.woken_ns = time.monotonic_ns()  # when the last wait was over
         self.first_fd = -1  # whose owner is called before all others
 
     def register(self, fd: int, on_ready: Heard, events: int = select.EPOLLIN) -> None:
@@ -43,6 +45,7 @@ class Poller:
         What an owner closes may come up all the same if it was ready, too: owners cope with a call too many.
         """
         ready = self._epoll.poll(max(0, timeout_ns) / 1e9)
+        self.woken_ns = time.monotonic_ns()
         for fd, _ in sorted(ready, key=lambda one: one[0] != self.first_fd):
             if on_ready := self._owners.get(fd):
                 on_ready(fd)

@@ -112,7 +112,10 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What is to be archived, and how a session goes on; {session} stands for its id."""
+    """What is to be archived, and how a session goes on.
+
+    In the two argvs {session} stands for its id, and a word {options} for the options that are kept.
+    """
 
     globs: tuple[str, ...] = ()
     compact_stopped: tuple[str, ...] = ()  # argv that compacts the session of an agent that does not run
@@ -120,6 +123,9 @@ class Session:
         str, ...
     ] = ()  # expressions over what that says: it was not done, whatever its exit status
     resume: tuple[str, ...] = ()  # argv that goes on with it
+    # Options of the command that `governor run` was given that a resumed agent is given again, each as the agent's
+    # --help has it: "--model <name>" (kept_options.py). Not those that choose a session.
+    keep_options: tuple[str, ...] = ()
     # What the agent holds at most once it was resumed compacted, and what compacting it takes, whichever is more; 0:
     # not known. Where it is, and compact frees nothing, an idle agent is recycled.
     resume_peak_bytes: int = 0

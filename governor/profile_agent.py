@@ -41,14 +41,14 @@ def find_agent(match: Match, pid: int) -> Agent:
     found = root
     if match.process:
         children = _children()
-        fitting = (stat for stat in _descent(root, children) if _fits(match, stat.pid, stat.comm))
+        fitting = (stat for stat in _descent(root, children) if fits(match, stat.pid, stat.comm))
         first = next(fitting, None)
         if first is None:
             wanted = ", ".join(match.process)
             raise NoAgent(f"found process {pid} ({root.comm}), expected it or what it started to be called {wanted}")
         found = first
         if match.wrapped:
-            inner = [child for child in children.get(first.pid, []) if _fits(match, child.pid, child.comm)]
+            inner = [child for child in children.get(first.pid, []) if fits(match, child.pid, child.comm)]
             found = inner[0] if inner else first
     return _agent(found)
 
@@ -86,7 +86,8 @@ def _inner_pid(pid: int) -> int:
     return pid
 
 
-def _fits(match: Match, pid: int, comm: str) -> bool:
+def fits(match: Match, pid: int, comm: str) -> bool:
+    """Whether a process is called as the profile has it."""
     names = {comm, *_names(_read(f"/proc/{pid}/cmdline").split(b"\0"))}
     return any(fnmatchcase(name, glob) for name in names for glob in match.process)
 

@@ -13,6 +13,7 @@ import typer
 from governor import profile_file
 from governor.channels.terminal import ChannelError
 from governor.cli_common import JsonOption, by_table, fail, load_or_exit, out
+from governor.kept_options import PLACE
 from governor.model import Tier
 from governor.policy_keys import Key, flatten, written
 from governor.profile import Profile
@@ -151,8 +152,11 @@ def _would_recycle(profile: Profile, agent: Agent, seen: Seen) -> str:
     if why_not := recycle.refusal(profile, agent, seen):
         return f"nothing now: {why_not}"
     peak_mib = profile.session.resume_peak_bytes >> 20
+    steps = [
+        " ".join(word if word == PLACE else shlex.quote(word) for word in words) for words in (compacting, again)
+    ]
     return (
-        f"end it with SIGTERM, run {shlex.join(compacting)}, then {shlex.join(again)}, by governor run only, where "
+        f"end it with SIGTERM, run {steps[0]}, then {steps[1]}, by governor run only, where "
         f"compact frees nothing and up to {peak_mib} MiB of it fit beside the others"
     )
 

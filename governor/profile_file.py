@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from governor import kept_options
+from governor.kept_options import PLACE, Takes
 from governor.policy_keys import (
     NAME,
     Unexpected,
@@ -72,7 +74,19 @@ def _check_transcript(text: str) -> None:
 
 def _check_command(command: tuple[str, ...]) -> None:
     check_exec(command)
-    _check_fields(command, ("session",))
+    _check_fields(command, ("session", "options"))
+    if sum(word.count(PLACE) for word in command) > command[1:].count(PLACE) or command.count(PLACE) > 1:
+        raise Unexpected(f'"{PLACE}" once, as a word of its own behind the program')
+
+
+def _check_options(options: tuple[str, ...]) -> None:
+    try:
+        kept_options.parse(options)
+    except ValueError as error:
+        raise Unexpected(
+            'options as --help has them, each name once: "--verbose", "--model <name>", "--add-dir <path...>", '
+            f'"-d, --debug [filter]"; found {toml_text(str(error))}'
+        ) from None
 
 
 def _check_fields(texts: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -131,6 +145,7 @@ KEYS = keys_of(
         "session.compact_stopped": _check_command,
         "session.compact_refused": _check_expressions,
         "session.resume": _check_command,
+        "session.keep_options": _check_options,
         "session.resubmit": _check_words,
         "session.sweep": _check_names,
     },
@@ -184,6 +199,7 @@ _NEEDS = (
     ("type.unstash", "type.stash"),
     ("type.stash_returns", "type.stash"),
     ("session.compact_stopped", "session.resume"),
+    ("session.keep_options", "session.resume"),
     ("session.resume_peak", "session.compact_stopped"),
     ("session.compact_refused", "session.compact_stopped"),
     ("confirm.compact_record", "confirm.transcript"),
@@ -216,6 +232,8 @@ def _between(values: dict[str, Any], given: set[str], faulty: set[str], lines: A
         and not faulty
     ):
         faults.append(Fault(0, "", "no way to compact or clear", "a [type] or [signals] with compact or clear"))
+    if not {"session.resume", "session.compact_stopped", "session.keep_options"} & faulty:
+        faults += [fault(path, expected) for path, expected in _options_out_of_place(values) if path in given]
     for tier in ("compact", "clear"):
         typed, signalled = f"type.{tier}", f"signals.{tier}"
         if {typed, signalled} <= given and values[typed] and values[signalled]:
@@ -225,6 +243,25 @@ def _between(values: dict[str, Any], given: set[str], faulty: set[str], lines: A
     if "confirm.within" in given and not values["confirm.within"]:
         faults.append(fault("confirm.within", "more than 0"))
     return faults
+
+
+def _options_out_of_place(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with the options that are kept and where they go: the key, and what was expected."""
+    options, resume = values["session.keep_options"], values["session.resume"]
+    takes = kept_options.parse(options)
+    found = []
+    if options and resume and PLACE not in resume:
+        found.append(("session.keep_options", f'a word "{PLACE}" in session.resume, where they go'))
+    for path in ("session.resume", "session.compact_stopped"):
+        words = values[path]
+        if PLACE in words and not options:
+            found.append((path, f'session.keep_options beside it, which says what "{PLACE}" stands for'))
+        if own := [name for name in takes if name in words]:
+            found.append(("session.keep_options", f"none that {path} gives itself, as {own[0]}"))
+        after = words[words.index(PLACE) + 1 :] if PLACE in words else ()
+        if after and not after[0].startswith("-") and {Takes.MANY, Takes.MAYBE} & set(takes.values()):
+            found.append((path, f'an option after "{PLACE}", whose last one would take {toml_text(after[0])}'))
+    return found
 
 
 def _repeated(values: dict[str, Any], faulty: set[str]) -> list[str]:

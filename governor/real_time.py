@@ -20,8 +20,11 @@ def become_real_time() -> None:
         resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, 1_000_000))
     except OSError:
         pass  # an ordinary container may not; the brake is slower under load, as the README says
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+    try:  # under a finite one, memory that is mapped later might be refused
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         ctypes.CDLL(None).mlockall(_MLOCK)
+    except (OSError, ValueError):
+        pass  # raising it wants CAP_SYS_RESOURCE
     try:
         with open("/proc/self/oom_score_adj", "w") as adjust:  # noqa: PTH123  no pathlib here
             adjust.write("-900")

@@ -20,7 +20,7 @@ from governor.delivery import open_terminal
 from governor.journal import Note, printable
 from governor.limits import Limits
 from governor.model import Status
-from governor.policy import SECOND, Policy
+from governor.policy import Policy
 from governor.profile import Profile
 from governor.profile_agent import Agent, find_agent
 from governor.profile_state import Seen, State, look, read_state_file, shown
@@ -70,9 +70,13 @@ class Recycle:
 
     @property
     def possible(self) -> bool:
-        """Whether somebody takes orders, and the profile knows what to order."""
+        """Whether somebody takes orders and hears of the agent's end, and the profile knows what to order.
+
+        governor run hears of the end of what it started: a shell above the agent goes on.
+        """
         session = self.profile.session if self.profile else None
-        return bool(self.resume_path and session and session.compact_stopped and session.resume)
+        is_heard = self.resume_path and self.agent.ends_all
+        return bool(is_heard and session and session.compact_stopped and session.resume)
 
     def prepare(self, within_ns: int, archive: Callable[[Callable[[bool], None]], None]) -> None:
         """Find out whether it is idle, archive, look again: then it is ready. `archive` tells whether it did."""
@@ -96,17 +100,15 @@ class Recycle:
         if state in (State.BUSY, State.WAITING):  # since it was looked at
             self.answered(Status.DEFERRED, f"it is {state.value} now")
             return
-        compacting = resume.command(profile, agent, "compact_stopped", self.program)
-        argv = resume.command(profile, agent, "resume", self.program)
-        if not argv or not compacting:
-            self.answered(Status.FAILED, "its session is not known any more, or its program is not in PATH")
-            return
-        within_s = policy.recycle.compacting_ns / SECOND
-        refused = profile.session.compact_refused
         try:
-            resume.order(self.resume_path, resume.RECYCLED, reason, argv, compacting, within_s, refused)
+            is_ordered = resume.order_session(
+                self.resume_path, resume.RECYCLED, reason, profile, agent, self.program, policy.recycle.compacting_ns
+            )
         except OSError as error:
             self.answered(Status.FAILED, f"it would not be resumed: {error}")
+            return
+        if not is_ordered:
+            self.answered(Status.FAILED, "its session is not known any more, or its program is not in PATH")
             return
         self.note("recycling", f"SIGTERM to the agent (process {self.agent.pid}), to go on compacted: {reason}")
         if self.agent.ask_to_end():
@@ -134,7 +136,7 @@ class Recycle:
     def let_be(self) -> None:
         """Await the agent's end no longer: only one by SIGTERM, however late, is followed by what was ordered."""
         self._until_ns = None
-        if self.possible:
+        if self.resume_path:
             resume.loosen(self.resume_path)
 
     def leave(self) -> None:

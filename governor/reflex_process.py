@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from governor import link
+from governor import link, outside
 
 _SILENT_NS = 5_000_000_000  # reflex tells once a second that it lives
 _BACKOFF_NS = (0, 200_000_000, 1_000_000_000, 5_000_000_000)
@@ -24,8 +24,12 @@ _BOOT = "import sys; sys.path.insert(0, {root!r}); from governor.reflex import m
 class ReflexProcess:
     """One reflex at a time, started again when it dies."""
 
-    def __init__(self, pins_directory: Path | None, knob_path: Path, source: str = "auto") -> None:
-        """Without pins it polls until open_pins(); `source` is auto, or the one that is forced."""
+    def __init__(self, pins_directory: Path | None, knob_path: Path, source: str = "auto", memcg: str = "") -> None:
+        """Without pins it polls until open_pins(); `source` is auto, or the one that is forced.
+
+        `memcg`: the directory of the one that it lives in, "" for governor's own.
+        """
+        self._memcg = memcg
         self._pins_directory = pins_directory
         self._arguments = [str(knob_path), source]
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,7 +52,11 @@ class ReflexProcess:
         boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
         command = [sys.executable, "-I", "-S", "-c", boot, str(theirs.fileno()), *self._arguments]
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=(lambda: outside.enter(self._memcg)) if self._memcg else None,
         )
         theirs.close()
         ours.setblocking(False)

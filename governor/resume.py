@@ -14,6 +14,7 @@ from typing import Literal
 
 import orjson
 
+from governor.policy import SECOND
 from governor.profile import Profile
 from governor.profile_agent import Agent
 from governor.profile_state import read_state_file
@@ -39,6 +40,21 @@ def command(
     if argv and os.path.basename(argv[0]) == os.path.basename(program):  # noqa: PTH119  no paths of ours
         argv = (program, *argv[1:])
     return argv if argv and shutil.which(argv[0]) else ()
+
+
+def order_session(
+    path: str, how: str, why: str, profile: Profile, agent: Agent, program: str, compacting_ns: int
+) -> bool:
+    """Order that an agent's session goes on, compacted before where that is known and `compacting_ns` gives it time.
+
+    False, and no order, where it is not known how: for a recycle nor where it cannot be compacted. Raises OSError.
+    """
+    argv = command(profile, agent, "resume", program)
+    compacting = command(profile, agent, "compact_stopped", program) if compacting_ns else ()
+    if not argv or (how == RECYCLED and not compacting):
+        return False
+    order(path, how, why, argv, compacting, compacting_ns / SECOND, profile.session.compact_refused)
+    return True
 
 
 def order(

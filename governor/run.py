@@ -44,6 +44,7 @@ class Options(NamedTuple):
     guard: dict[str, Any] | None = None
     grace_ns: int = 10_000_000_000
     without: list[str] = []  # noqa: RUF012  never changed; names that the agent's environment is not to have
+    kept: list[int] = []  # noqa: RUF012  never changed; which words of the command a resumed agent is given again
 
 
 class Run:
@@ -68,6 +69,7 @@ class Run:
         """Until the agent has ended for good and what it wrote is passed on; the status to exit with."""
         self._catch_signals()
         command, tries = self._options.command, run_resume.Tries()
+        kept = [command[place] for place in self._options.kept]
         resume_path = (self._options.guard or {}).get("resume_path", "")
         run_resume.forget(resume_path)  # of an earlier process with our pid
         try:
@@ -84,7 +86,9 @@ class Run:
                 if not order.may_be_large and tries.failures == 1:
                     order = order._replace(compacting=[])
                 how = "is compacted, and goes on" if order.compacting else "goes on"
-                say(f"{order.why}. Its session {how} in {wait_ns / 1e9:.1f} s: {' '.join(order.command)}")
+                shown = " ".join(order.given(["..."] if kept else []).command)  # they may be long
+                say(f"{order.why}. Its session {how} in {wait_ns / 1e9:.1f} s: {shown}")
+                order = order.given(kept)
                 if self._is_told_to_end(wait_ns) or not self._compact(order):
                     return status
                 self._let_go()

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from governor import cgroup, guard_options, instance, leftovers, profile_file, run_memcg
+from governor import cgroup, guard_options, instance, kept_options, leftovers, profile_file, run_memcg
 from governor.cli_common import fail
 from governor.guard_options import Wishes
 from governor.policy_keys import Unexpected, duration_ns, size_bytes
@@ -77,6 +77,7 @@ def run(
         "guard": guard,
         "grace_ns": grace_ns,
         "without": _added_by_python(),
+        "kept": _kept(wishes.profile, command),
     }
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot = _BOOT.format(root=str(Path(__file__).resolve().parent.parent))
@@ -151,6 +152,12 @@ def _known_by_name(program: str) -> str:
         if any(fnmatchcase(name, glob) for glob in profile_file.load(profile).profile.match.process):
             return profile
     return ""
+
+
+def _kept(profile: str, command: list[str]) -> list[int]:
+    """Which words of the agent's command it is given again when it is resumed: places, as the words may be long."""
+    session = profile_file.load(profile).profile.session if profile else None
+    return kept_options.places(session.keep_options, session.resume[0], command) if session and session.resume else []
 
 
 def _log_path(pid: int) -> str:

@@ -53,7 +53,7 @@ def make(limit_bytes: int) -> str:
             if limit_bytes:
                 limit_file = "memory.limit_in_bytes" if v1 else "memory.max"
                 Path(path, limit_file).write_text(str(limit_bytes))
-            _try(path)
+            try_to_enter(path)
         except OSError as error:
             why_not = f"{error.filename or path}: {error.strerror}"
             remove(path)
@@ -107,7 +107,7 @@ def _handed_down(path: str) -> list[str]:
         return []
 
 
-def _try(path: str) -> None:
+def try_to_enter(path: str) -> None:
     """Enter it with a child; raises OSError where that is not allowed."""
     pid = os.fork()
     if pid == 0:

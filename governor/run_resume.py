@@ -25,6 +25,14 @@ class Order(NamedTuple):
     within_s: float = 0
     refused: list[str] = []  # noqa: RUF012  expressions over what the compaction says
 
+    def given(self, options: list[str]) -> Order:
+        """With these words in the place of "{options}"."""
+        command, compacting = (
+            [each for word in words for each in (options if word == "{options}" else [word])]
+            for words in (self.command, self.compacting)
+        )
+        return self._replace(command=command, compacting=compacting)
+
     @property
     def is_recycle(self) -> bool:
         """Whether the agent was ended to be compacted, and not because it had to be."""

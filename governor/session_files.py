@@ -12,9 +12,9 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NONBLOCK: a FIFO must not hang us
@@ -31,6 +31,8 @@ CREDENTIALS = (
     *("**/.git-credentials", "**/.npmrc", "**/.pypirc", "**/.pgpass", "**/.claude.json", "**/.ssh/**"),
     *("**/.gnupg/**", "**/.aws/**", "**/.kube/**", "**/.docker/config.json", "**/gh/hosts.yml"),
 )
+Reopen = Callable[[int, int], int]  # a descriptor that was only looked at, and flags, to one that can be read
+_Take = Callable[[int, str, str], Iterator["Found"]]  # a directory, a name in it, its path, to what became of it
 MAX_DEPTH = 32  # directories below the fixed part of a pattern
 
 
@@ -44,11 +46,15 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An open regular file (`fd` is the taker's to close) or, with `fd` None, why a match was skipped."""
+    """An open regular file (`fd` is the taker's to close) or, with `fd` None, why a match was skipped.
+
+    `is_cut_short`: nothing comes after it, although there may be more.
+    """
 
     path: str
     fd: int | None
     skipped: str = ""
+    is_cut_short: bool = False
 
 
 def parse_pattern(glob: str, home: str) -> Pattern:
@@ -133,12 +139,17 @@ def _matches(parts: list[str], globs: list[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], globs[0]) and _matches(parts[1:], globs[1:])
 
 
-def find(patterns: list[Pattern], exclude: tuple[str, ...] = ()) -> Iterator[Found]:
+def _reopen(seen: int, flags: int) -> int:
+    """Open in earnest what was looked at."""
+    return os.open(f"/proc/self/fd/{seen}", flags)
+
+
+def find(patterns: list[Pattern], exclude: tuple[str, ...] = (), reopen: Reopen = _reopen) -> Iterator[Found]:
     """Every match once, each open; a file whose path is excluded comes as skipped.
 
-    A link to a credential under another name is not known for one.
+    A link to a credential under another name is not known for one. `reopen` as in open_regular.
     """
-    for found in _find(patterns):
+    for found in _find(patterns, reopen):
         if found.fd is not None and excluded(found.path, exclude):
             os.close(found.fd)
             yield Found(found.path, None, "excluded")
@@ -146,8 +157,8 @@ def find(patterns: list[Pattern], exclude: tuple[str, ...] = ()) -> Iterator[Fou
             yield found
 
 
-def _find(patterns: list[Pattern]) -> Iterator[Found]:
-    seen: set[tuple[int, int]] = set()
+def _find(patterns: list[Pattern], reopen: Reopen) -> Iterator[Found]:
+    take = partial(_file, set(), reopen)
     for pattern in patterns:
         try:
             root = open_directory(pattern.fixed)
@@ -157,7 +168,7 @@ def _find(patterns: list[Pattern]) -> Iterator[Found]:
             yield Found(pattern.fixed, None, error.strerror or str(error))
             continue
         try:
-            yield from _walk(root, pattern.fixed, pattern.wild, 0, seen)
+            yield from _walk(root, pattern.fixed, pattern.wild, 0, take)
         finally:
             os.close(root)
 
@@ -180,12 +191,10 @@ def _text(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _walk(
-    directory: int, path: str, wild: tuple[str, ...], depth: int, seen: set[tuple[int, int]]
-) -> Iterator[Found]:
+def _walk(directory: int, path: str, wild: tuple[str, ...], depth: int, take: _Take) -> Iterator[Found]:
     part, rest = wild[0], wild[1:]
     if part == "**":
-        yield from _walk(directory, path, rest or ("*",), depth, seen)
+        yield from _walk(directory, path, rest or ("*",), depth, take)
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
@@ -194,17 +203,15 @@ def _walk(
     for name in names:
         inner = f"{path.rstrip('/')}/{_text(name)}"
         if part == "**":
-            yield from _descend(directory, name, inner, wild, depth, seen)
+            yield from _descend(directory, name, inner, wild, depth, take)
         elif fnmatch.fnmatchcase(name, part):
             if rest:
-                yield from _descend(directory, name, inner, rest, depth, seen)
+                yield from _descend(directory, name, inner, rest, depth, take)
             else:
-                yield from _file(directory, name, inner, seen)
+                yield from take(directory, name, inner)
 
 
-def _descend(
-    directory: int, name: str, path: str, wild: tuple[str, ...], depth: int, seen: set[tuple[int, int]]
-) -> Iterator[Found]:
+def _descend(directory: int, name: str, path: str, wild: tuple[str, ...], depth: int, take: _Take) -> Iterator[Found]:
     try:
         child = os.open(name, _OPEN_FLAGS | os.O_DIRECTORY, dir_fd=directory)
     except OSError:
@@ -213,14 +220,14 @@ def _descend(
         if depth >= MAX_DEPTH:
             yield Found(path, None, f"more than {MAX_DEPTH} directories deep")
         else:
-            yield from _walk(child, path, wild, depth + 1, seen)
+            yield from _walk(child, path, wild, depth + 1, take)
     finally:
         os.close(child)
 
 
-def _file(directory: int, name: str, path: str, seen: set[tuple[int, int]]) -> Iterator[Found]:
+def _file(seen: set[tuple[int, int]], reopen: Reopen, directory: int, name: str, path: str) -> Iterator[Found]:
     try:
-        fd = open_regular(name, os.O_RDONLY, directory)
+        fd = open_regular(name, os.O_RDONLY, directory, reopen)
     except IsADirectoryError:
         return
     except OSError as error:
@@ -234,11 +241,12 @@ def _file(directory: int, name: str, path: str, seen: set[tuple[int, int]]) -> I
     yield Found(path, fd)
 
 
-def open_regular(name: str, flags: int, directory: int) -> int:
+def open_regular(name: str, flags: int, directory: int, reopen: Reopen = _reopen) -> int:
     """Open a regular file that lies directly in an open directory; nothing else is ever opened.
 
     Looked at through O_PATH first: to open a device can be to use it (a watchdog, a tape). Raises OSError: ELOOP for
-    a symbolic link, EISDIR for a directory, EINVAL for what else there is.
+    a symbolic link, EISDIR for a directory, EINVAL for what else there is. `reopen` opens in earnest what was looked
+    at, given by descriptor: where /proc is not ours that takes another way.
     """
     seen = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
@@ -249,6 +257,6 @@ def open_regular(name: str, flags: int, directory: int) -> int:
             raise OSError(errno.EISDIR, "a directory")
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        return os.open(f"/proc/self/fd/{seen}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        return reopen(seen, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     finally:
         os.close(seen)

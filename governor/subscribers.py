@@ -20,6 +20,8 @@ A subscriber says:
                                         what it can do, [] to listen only; the last to say so is asked
     {"type": "ack", "id": N, "status": "delivered", "reason": TEXT}
                                         delivered, deferred (not now: ask again) or failed; once a request
+    {"type": "status", "after": SLOT}   how things stand, answered as `status` has it; only to root and
+                                        governor's own user
 
 An acknowledgement ends a request and nothing else: brake, archive and terminate wait for nobody. Who sends what is no
 such line, or more than 100 lines a second, or does not read, is cut off. Of the 32 places 8 are root's, and no other
@@ -32,7 +34,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +108,7 @@ class Subscribers:
         self._second = 0
         self.allowed_uids: frozenset[int] = frozenset({0, os.geteuid()})
         self.on_answer: Answer = lambda *_: None
+        self.on_status: Callable[[int], Iterable[tuple[str, Mapping[str, object]]]] = lambda after: ()
         self.on_change: Callable[[], None] = lambda: None  # who can do what is different now; from check_deadlines()
 
     def listen(self, path: Path) -> None:
@@ -286,6 +289,10 @@ class Subscribers:
                 if not isinstance(reason, str):
                     raise _Garbled
                 self._acknowledged(subscriber, said["id"], _ANSWERS[said["status"]], reason)
+            elif said["type"] == "status" and subscriber.uid in (0, os.geteuid()):
+                subscriber.has_spoken = True
+                for message, fields in self.on_status(_integer(said["after"])):
+                    self._say(subscriber, message, fields)
             else:
                 raise _Garbled
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -308,6 +315,12 @@ class Subscribers:
             del self._requests[tier]
             self.on_answer(tier, Status.FAILED, "who was asked for it is gone")
         self._has_changed |= bool(subscriber.can)
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int):
+        raise _Garbled
+    return value
 
 
 def _uid_of(connection: socket.socket) -> int:

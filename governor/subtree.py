@@ -12,9 +12,10 @@ import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
+_SHELLS = {"sh", "bash", "dash", "ash", "busybox"}  # may go on after what they started
 # Start one program and wait for it: SIGTERM is for what they started.
-WRAPPERS = {
-    *("governor-run", "sh", "bash", "dash", "ash", "busybox", "tini", "dumb-init", "docker-init", "catatonit"),
+WRAPPERS = _SHELLS | {
+    *("governor-run", "tini", "dumb-init", "docker-init", "catatonit"),
     *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
 }
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of linux/proc_ns.h: the machine's
@@ -130,11 +131,24 @@ def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
 
 def is_wrapper(pid: int, comm: str) -> bool:
     """Whether a process merely starts another: by its name, or by the program that runs its script."""
+    return not WRAPPERS.isdisjoint(_names(pid, comm))
+
+
+def ends_with_child(pid: int, comm: str, is_wrapper_of_it: bool = False) -> bool:
+    """Whether a process ends once what it started has, as far as is known; of a shell that is not.
+
+    `is_wrapper_of_it`: it is known for one by other means.
+    """
+    names = _names(pid, comm)
+    return _SHELLS.isdisjoint(names) and (is_wrapper_of_it or not WRAPPERS.isdisjoint(names))
+
+
+def _names(pid: int, comm: str) -> set[str]:
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))  # noqa: PTH115, PTH119  no pathlib here
     except OSError:
         program = ""
-    return not WRAPPERS.isdisjoint((comm.split(" ")[0], program))
+    return {comm.split(" ")[0], program}
 
 
 def in_container() -> bool:

@@ -10,7 +10,7 @@ import select
 import signal
 from contextlib import suppress
 
-from governor import instance, leftovers, pins
+from governor import instance, leftovers, outside, pins
 from governor.actions.commands import Commands
 from governor.brake import KnobFile
 
@@ -18,25 +18,27 @@ _PATIENCE_S = 5.0
 _ROUNDS = 3  # one that had to be killed may be started again, by `governor run`
 
 
-def switch_off() -> list[str]:
+def switch_off(only: str = "") -> list[str]:
     """Stop every governor, restore every knob, remove every pin and run-time file; what was done, in words.
 
-    What a tool was told of (`governor why`) stays. Raises OSError where there can be no run-time files.
+    `only`: of this instance, and leave the others alone. What a tool was told of (`governor why`) stays. Raises
+    OSError where there can be no run-time files.
     """
     done = []
     for _ in range(_ROUNDS):
-        stopped = [pid for pid in instance.holders() if pid != os.getpid() and _stop(pid)]
+        stopped = [pid for pid in instance.holders(only or "*") if pid != os.getpid() and _stop(pid)]
         done += [f"stopped process {pid}" for pid in stopped]
         if not stopped:
             break
-    for path in instance.knob_files():
+    for path in (path for path in instance.knob_files() if only in ("", path.stem)):
         with suppress(OSError):
             done += KnobFile(str(path)).restore_all()
     done += [f"removed {path}" for path in Commands().sweep()]
+    done += [f"removed {path}" for path in outside.sweep(only or "*")]
     if os.geteuid() == 0:
-        for name in pins.instances():
-            pins.unload(name)
-            done.append(f"detached {name}")
+        done += [f"detached {name}" for name in ([only] if only else pins.instances()) if pins.unload(name)]
+    if only:
+        return done
     for path in instance.run_directory().glob("memcg-*.hold"):
         with suppress(OSError):
             path.unlink()

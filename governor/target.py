@@ -6,11 +6,11 @@ Owns no process but the children that act for it; reflex, the BPF programs and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from governor import children, instance, link, model, policy, poll_source, record
+from governor import children, instance, link, model, policy, poll_source, record, status
 from governor.actions.commands import Commands
 from governor.actions.processes import peak_anonymous_bytes
 from governor.agent_process import AgentProcess
@@ -19,6 +19,7 @@ from governor.attribution import Attribution
 from governor.brake import BRAKE_NAMES, FREEZE, KnobFile
 from governor.cgroup import Memcg, MemoryState, is_inside, memcg_of
 from governor.codec import plain
+from governor.container import Container
 from governor.decisions import Decisions, boottime_ns
 from governor.deliveries import Deliveries
 from governor.executor import Executor
@@ -32,7 +33,9 @@ from governor.policy import MS, SECOND, Policy
 from governor.poller import Poller, is_ready
 from governor.profile import Profile
 from governor.recycle import Recycle
+from governor.standing import Standing
 from governor.subscribers import TOLD, Subscribers
+from governor.tally import Tally
 from governor.tiers import since
 from governor.veto import Veto
 
@@ -50,6 +53,8 @@ class Shared:
     knob_file: KnobFile
     commands: Commands
     send: Callable[[bytes], bool]  # to reflex
+    reflex_pid: Callable[[], int]  # 0: it does not run
+    tally: Tally
     source_name: Callable[[int], str]  # a source in words
     protected: Callable[[], None]  # called when a target's protection has begun
     calm_interval_ns: Callable[[], int]  # a calm target need not be sampled more often: others want their turn
@@ -59,23 +64,37 @@ class Shared:
 class Target:
     """One governed memcg, in one slot of the knob file."""
 
-    def __init__(self, guard: Guard, slot: int, wanted: Policy, profile: Profile | None, shared: Shared) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        slot: int,
+        wanted: Policy,
+        profile: Profile | None,
+        shared: Shared,
+        container: Container | None = None,
+    ) -> None:
         """Raises OSError when the memcg or the journal cannot be opened."""
         self.slot = slot
         self.leaving = False  # no new agent is looked for
         self.gone = False  # the memcg is
-        self._guard, self._shared, self._policy = guard, shared, wanted
+        self._guard, self._shared, self._policy, self._container = guard, shared, wanted, container
+        self.source = ""  # where crossings come from; not known before adopt()
         self._memcg = Memcg(guard.cgroup)
         self._limits = Limits(self._memcg)
         self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
         match = profile.match if profile else None
-        self._agent = AgentProcess(guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid)
+        self._agent = AgentProcess(
+            guard.cgroup, guard.agent_pid or 0, is_within, match, guard.only_pid, guard.is_container
+        )
         self._attribution = Attribution(guard.cgroup, guard.agent_pid or 0)
         self._veto = Veto(self._memcg.cgroup_id)
         self._children = children.Children(shared.poller)
         self._subscribers = Subscribers(shared.poller, self._hello)
         self._subscribers.on_change = self._reachable
+        self._subscribers.on_status = lambda after: status.page(
+            {slot: self.standing}, after, shared.reflex_pid(), boottime_ns()
+        )
         self._decisions = Decisions(guard.cgroup, wanted, self._agent, self._journal, self.note)
         self._deliveries = Deliveries(
             cgroup=guard.cgroup,
@@ -127,6 +146,7 @@ class Target:
             fallbacks=[path for path in (instance.state_directory() / "archive",) if path != archives],
         )
         self._decisions.carry_out = self._executor.carry_out
+        self._decisions.on_step = self._stepped
         self._person = Person(self._children.attempt, lambda kind, text: self._journal.write(kind, text=text))
         self._turned_ns = self._begun_ns = time.monotonic_ns()
         self._sampled_ns = 0
@@ -157,6 +177,7 @@ class Target:
             self._shared.knob_file.adopt(self.slot, self._guard.cgroup, self._memcg.cgroup_id)
         else:  # a brake that a killed governor left is held until reflex watches
             left_over.close()
+        self._shared.tally.adopt(self.slot, self.standing().names, time.monotonic_ns())
         self._listen()
         self._find_agent(time.monotonic_ns())
         self._decisions.remember()
@@ -195,6 +216,7 @@ class Target:
     def close(self) -> None:
         """Once reflex has let go of it: nobody is told of it any more."""
         self._subscribers.close()
+        self._shared.tally.release(self.slot, time.monotonic_ns())
         if self._agent.pidfd >= 0:
             self._shared.poller.unregister(self._agent.pidfd)
             self._agent.let_go()
@@ -261,8 +283,10 @@ class Target:
         """What was said of this slot."""
         match said:
             case link.Braked():
+                self._shared.tally.braked(self.slot, said)
                 self._on_braked(said)
             case link.Thawed(reason=reason, at_ns=at_ns):
+                self._shared.tally.thawed(self.slot, at_ns, reason)
                 self.note("thawed", f"thawed: {link.THAW_REASONS[reason]}", at_ns=at_ns)
                 if reason != link.ASKED:
                     self._decisions.feed(model.Thawed())
@@ -275,7 +299,7 @@ class Target:
                 self._protecting(source, brake)
 
     def _protecting(self, source: int, brake: int) -> None:
-        self._executor.brake = brake
+        self._executor.brake, self.source = brake, poll_source.NAMES[source]
         self._executor.look()  # which limit counts
         limit = self._limits.describe()
         text = f"protecting: {self._shared.source_name(source)}; brake: {BRAKE_NAMES[brake]}; limit: {limit}"
@@ -360,7 +384,9 @@ class Target:
         self._shared.look_at(self.slot)
 
     def _count_oom_kills(self, now_ns: int) -> None:
+        before = self._kills.count
         if text := self._kills.look(now_ns):
+            self._shared.tally.oom_killed(self.slot, self._kills.count - before)
             self.note("oom_kills", text)
 
     # Subscribers
@@ -387,9 +413,8 @@ class Target:
         self._recycle.let_be()  # what is ordered now is of a guard that died
         if self._decisions.state.recycle.status is model.Status.RESTARTING:
             why = "nobody took its session up again" if self._guard.recycled is None else self._guard.recycled
-            self._deliveries.delivered(
-                model.Tier.RECYCLE, model.Status.FAILED if why else model.Status.DELIVERED, why
-            )
+            failed = model.Status.EXPIRED if self._guard.recycled is None else model.Status.FAILED
+            self._deliveries.delivered(model.Tier.RECYCLE, failed if why else model.Status.DELIVERED, why)
 
     def sample(self, now_ns: int) -> None:
         """Look at its memory, and ask the ladder."""
@@ -420,6 +445,45 @@ class Target:
         settles = self._decisions.state.recycle.status is model.Status.DELIVERED
         peak_bytes = below_bytes + peak_anonymous_bytes(self._agent.pid) if settles and self._agent.pid else 0
         self._decisions.feed(model.Sampled(state, boottime_ns(), own_bytes + below_bytes, peak_bytes))
+
+    def _stepped(
+        self,
+        event: model.Event,
+        before: model.State,
+        after: model.State,
+        instructions: Sequence[model.Instruction],
+        at_ns: int,
+    ) -> None:
+        self._shared.tally.stepped(self.slot, event, before, after, instructions, at_ns, self._policy.dry_run)
+
+    def standing(self) -> Standing:
+        """How it stands, by its last sample."""
+        tally = self._shared.tally
+        return Standing(
+            cgroup=self._guard.cgroup,
+            cgroup_id=self.cgroup_id,
+            container=self._container,
+            policy=self._policy.name,
+            dry_run=self._policy.dry_run,
+            agent_pid=self._agent.pid,
+            source=self.source,
+            brake=BRAKE_NAMES[self._executor.brake],
+            memory=None if self._unreadable else self._last,
+            fill_rate_bytes=self._sampled_rate,
+            level=self._level_heard,
+            state=self._decisions.state,
+            frozen_for_ns=tally.frozen_for_ns(self.slot, time.monotonic_ns()),
+            decided=tally.decided(self.slot),
+        )
+
+    def known_as(self, container: Container) -> None:
+        """More is known of the container than before, or the same."""
+        self._container = container
+        self._shared.tally.adopt(self.slot, self.standing().names, time.monotonic_ns())
+
+    def late_ns(self, now_ns: int) -> int:
+        """How long the next look at its memory is overdue; less than 0: it is not."""
+        return now_ns - (self._sampled_ns or self._turned_ns) - self._interval_ns()
 
     def _first_line(self) -> dict[str, object]:
         return {"policy": plain(self._policy), "state": plain(self._decisions.state), "guard": asdict(self._guard)}

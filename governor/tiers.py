@@ -48,15 +48,16 @@ def queued(tier: TierState, delivery: Asking, memory: MemoryState, now_ns: int) 
     return replace(tier, status=status, began_ns=now_ns, at_ns=now_ns, at_bytes=at_bytes)
 
 
-def advanced(tier: TierState, delivery: Asking, now_ns: int) -> TierState:
-    """What time alone changes: a deferred delivery expires, one that nobody answers for has failed."""
+def advanced(tier: TierState, delivery: Asking, now_ns: int, grace_ns: int = 0) -> TierState:
+    """What time alone changes: a deferred delivery expires, one that nobody answers for has failed.
+
+    `grace_ns`: what an agent that was asked to end has for that.
+    """
     age_ns = since(tier.began_ns, now_ns)
     if tier.status is Status.DEFERRED and age_ns >= delivery.deadline_ns:
         return replace(tier, status=Status.EXPIRED, at_ns=now_ns)
-    if (
-        tier.status in (Status.RUNNING, Status.RESTARTING)
-        and since(tier.tried_ns, now_ns) >= delivery.deadline_ns + _LOST_NS
-    ):
+    within_ns = max(delivery.deadline_ns, grace_ns if tier.status is Status.RESTARTING else 0) + _LOST_NS
+    if tier.status in (Status.RUNNING, Status.RESTARTING) and since(tier.tried_ns, now_ns) >= within_ns:
         return replace(tier, status=Status.FAILED, at_ns=now_ns)
     return tier
 
@@ -112,10 +113,13 @@ def running(tier: TierState, memory: MemoryState, now_ns: int) -> TierState:
 
 
 def answered(tier: TierState, status: Status, memory: MemoryState | None, now_ns: int) -> TierState:
-    """A delivery ended; an answer that nobody waits for changes nothing."""
+    """A delivery ended; an answer that nobody waits for changes nothing.
+
+    A restart that FAILED was one for nothing; one that EXPIRED was interrupted, which says nothing of its use.
+    """
     if tier.status not in (Status.RUNNING, Status.RESTARTING):
         return tier
-    if tier.status is Status.RESTARTING and status is Status.FAILED:  # a restart for nothing
+    if tier.status is Status.RESTARTING and status is Status.FAILED:
         return replace(tier, status=status, at_ns=now_ns, useless_trials=tier.useless_trials + 1, judged_ns=now_ns)
     if status is Status.DELIVERED:
         # From when it was asked: by the time it answers it may have freed all that it will.

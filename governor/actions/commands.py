@@ -3,6 +3,7 @@
 The memcg (64 MiB, 32 pids) is made beside governor's own, or below the cgroup root: never in the governed one. At
 its end, or at the deadline, everything in it is killed at once and it is removed. Where none can be made, the command
 runs in a process group: bounded in time and output, but not in memory, and what leaves the group is not found again.
+A command in a container runs only where one can be made; what it has there of the machine's devices is bounded too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from governor import cgroup
+from governor import cgroup, inside_run
+from governor.actions import device_filter
 from governor.actions.processes import read_process, remove_memcg, send_by_pidfd, signal_masks
 from governor.children import Child, Ended, spawn
+from governor.inside import Door
 
 MEMORY_MAX_BYTES = 64 << 20
 PIDS_MAX = 32
@@ -36,11 +39,21 @@ class Commands:
         self._left: list[str] = []
 
     def run(
-        self, argv: tuple[str, ...], environment: dict[str, str], deadline_ns: int, what: str
+        self,
+        argv: tuple[str, ...],
+        environment: dict[str, str],
+        deadline_ns: int,
+        what: str,
+        door: Door | None = None,
     ) -> tuple[Child, str]:
-        """Start a command; the child and, where it has no memcg of its own, why not. Raises OSError: no child."""
+        """Start a command; the child and, where it has no memcg of its own, why not. Raises OSError: no child.
+
+        With a `door`, where that leads.
+        """
         self._left = [path for path in self._left if not remove_memcg(path, 0)]
         path, why_not = self._make()
+        if door and not path:
+            raise OSError(f"a command in a container needs a memcg of its own: {why_not}")
 
         def prepare() -> bytes:
             with suppress(OSError):
@@ -49,11 +62,17 @@ class Commands:
                 if path:
                     _write(f"{path}/cgroup.procs", b"0")
             except OSError as error:
+                if door:
+                    raise
                 return f"governor: not in a memcg of its own: {error.strerror}\n".encode()
             return b""
 
         try:
-            child = spawn(argv, environment, deadline_ns, what, prepare)
+            if door:
+                device_filter.attach(path)
+                child = inside_run.start(door, argv, environment, deadline_ns, what, prepare)
+            else:
+                child = spawn(argv, environment, deadline_ns, what, prepare)
         except OSError:
             self._remove(path)
             raise

@@ -33,14 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 class Claude(Driven):
     """Claude Code in a terminal, with nobody beside it."""
 
-    def __init__(self, kind, program: str, directory: Path, settings: dict, before: str = "") -> None:
+    def __init__(
+        self, kind, program: str, directory: Path, settings: dict, before: str = "", options: tuple[str, ...] = ()
+    ) -> None:
         """`before`: words of a shell before the program."""
         super().__init__(Place(directory, settings))
         command = f'cd "{self.place.work}" && exec {before} "{program}" --permission-mode default'
         self._start = lambda *more: kind(
             directory, ["sh", "-c", f"{command} {' '.join(more)}"], self.place.environment
         )
-        self._sit_down()
+        self._sit_down(*options)
 
     def _sit_down(self, *options: str) -> None:
         self.stage = self._start(*options)
@@ -197,7 +199,8 @@ def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, 
     policy.write_text(RECYCLE_SOON)
     environment = f'env XDG_STATE_HOME={tmp_path}/state PYTHONPATH={ROOT} PATH="{tmp_path}/bin:$PATH"'
     run = f"{environment} {sys.executable} -m governor run --memory-max 3GiB --source poll --policy {policy} --"
-    claude = Claude(PtyStage, "claude", tmp_path, {}, run)
+    options = ("--model", "sonnet", "--append-system-prompt", "'be brief'", "--allowedTools", "Bash", "Read")
+    claude = Claude(PtyStage, "claude", tmp_path, {}, run, options)
 
     def log():
         return "".join(file.read_text() for file in (tmp_path / "state" / "governor").glob("run-*.log"))
@@ -205,20 +208,31 @@ def test_an_idle_agent_is_recycled_its_session_compacted_while_stopped(program, 
     try:
         claude.turn("hello")
         claude.turn("BIG 0.3", "big", 120)
-        session, pid, held_bytes = claude.seen().session, claude.agent.pid, anonymous_bytes(claude.agent.pid)
+        session, pid, held = claude.seen().session, claude.agent.pid, []
+
+        def ended():
+            held.append(anonymous_bytes(pid) or 0)  # it goes on growing for a moment after the turn
+            return read_stat(pid) is None
+
         wait_for(lambda: attempt(PROFILE, claude.stage.pid, claude.channel)["would_recycle"].startswith("end it"))
-        wait_for(lambda: read_stat(pid) is None, 120)
+        wait_for(ended, 120)
+        held_bytes = max(held)
         wait_for(lambda: "recycle freed" in log(), 120)
         claude.await_prompt()
         agent = claude.find()
-        print(log(), f"{held_bytes >> 20} MiB before, {anonymous_bytes(agent.pid) >> 20} MiB after")
+        print(f"{held_bytes >> 20} MiB before, {anonymous_bytes(agent.pid) >> 20} MiB after")
         assert (claude.seen().session, agent.pid != pid) == (session, True)
         assert claude.place.answers().count("compaction") == 1
         assert "compact_boundary" in [record.get("subtype") for record in claude.place.transcript(session)]
         assert anonymous_bytes(agent.pid) < held_bytes
         assert "of use" in log()
-        claude.turn("and on it goes")
+        words = Path(f"/proc/{agent.pid}/cmdline").read_bytes().decode().split("\0")[1:-1]
+        kept = ["--permission-mode", "default", "--model", "sonnet", "--append-system-prompt", "be brief"]
+        assert words == [*kept, "--allowedTools", "Bash", "Read", "--resume", session]
+        claude.turn("TOOL touch allowed")  # asks nobody
+        assert (claude.place.work / "allowed").exists()
     finally:
+        print(log())
         os.kill(claude.stage.pid, signal.SIGTERM)
         wait_for(lambda: read_stat(claude.stage.pid).ended)
         claude.stage.close()

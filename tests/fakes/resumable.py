@@ -1,11 +1,13 @@
-"""An agent with a session that can be resumed: resumable.py DIRECTORY [--resume SESSION].
+"""An agent with a session that can be resumed: resumable.py DIRECTORY [WORDS...] [--resume SESSION].
 
-Keeps DIRECTORY/<pid>.json (its state) and DIRECTORY/<session>.jsonl (its turns); reads lines: `fill N` takes N MiB at
-once, `grow N` the same at 20 MB/s, `work N` is busy for N seconds, `deaf` ignores SIGTERM from then on, `exit N` ends
-with that status; all else is a turn. SIGTERM: saves a last turn and ends with 143.
+Keeps DIRECTORY/<pid>.json (its state), DIRECTORY/<session>.jsonl (its turns) and DIRECTORY/words (an array a line:
+how each was started, "" or its last option, and WORDS). Reads lines: `fill N` takes N MiB, `grow N` the same at
+20 MB/s, `work N` is busy for N seconds, `deaf` ignores SIGTERM from then on, `exit N` ends with that status; all else
+is a turn. SIGTERM: saves a last turn and ends with 143.
 
-resumable.py DIRECTORY --compact SESSION compacts a stopped session, in a turn: fails where DIRECTORY/overloaded
-is, says that it does with status 0 where DIRECTORY/refuses is, and takes for ever where DIRECTORY/hangs is.
+resumable.py DIRECTORY [WORDS...] --compact SESSION compacts a stopped session, in a turn: fails where
+DIRECTORY/overloaded is, says that it does with status 0 where DIRECTORY/refuses is, and takes for ever where
+DIRECTORY/hangs is.
 """
 
 import json
@@ -16,7 +18,8 @@ import time
 import uuid
 
 directory = sys.argv[1]
-mode, session = sys.argv[2:4] if len(sys.argv) > 2 else ("", f"session-{uuid.uuid4().hex[:8]}")
+is_again = sys.argv[-2] in ("--resume", "--compact")
+mode, session = sys.argv[-2:] if is_again else ("", f"session-{uuid.uuid4().hex[:8]}")
 transcript = os.path.join(directory, f"{session}.jsonl")
 
 
@@ -37,6 +40,8 @@ def save(*_: object) -> None:
     os._exit(143)
 
 
+with open(os.path.join(directory, "words"), "a") as words:
+    words.write(json.dumps([mode, *(sys.argv[2:-2] if is_again else sys.argv[2:])]) + "\n")
 if mode == "--compact":
     while os.path.exists(os.path.join(directory, "hangs")):
         time.sleep(0.1)

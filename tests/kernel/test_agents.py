@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import AGENT
 
+from tests.fakes import resumable_profile
 from tests.waiting import wait_for
 
 LINES = AGENT.with_name("lines.py")
@@ -145,35 +146,12 @@ def test_a_tool_that_bursts_is_shed_and_the_agent_is_told(desk, tmp_path):
     assert run.status is None and not run.ended()
 
 
-RECYCLE_PROFILE = """
-[match]
-process = ["resumable.py"]
-[state_file]
-path = "{directory}/{{pid}}.json"
-session = "sessionId"
-start = "procStart"
-status = "status"
-idle = ["idle"]
-busy = ["busy"]
-[signals]
-compact = "SIGUSR1"
-[session]
-globs = ["{directory}/*.jsonl"]
-compact_stopped = ["{python}", "{agent}", "{directory}", "--compact", "{{session}}"]
-resume = ["{python}", "{agent}", "{directory}", "--resume", "{{session}}"]
-resume_peak = "40MiB"
-[efficacy]
-compact = "useless"
-"""
-
-
 def test_an_idle_agent_is_recycled_in_its_memcg(desk, tmp_path):
-    agent = AGENT.with_name("resumable.py")
     profile, policy = tmp_path / "profile.toml", tmp_path / "policy.toml"
-    profile.write_text(RECYCLE_PROFILE.format(directory=tmp_path, python=sys.executable, agent=agent))
+    profile.write_text(resumable_profile.profile(tmp_path, peak="40MiB"))
     policy.write_text('[recycle]\nretry = "1s"\nwarning = 0\nsettle = "2s"\n')
     options = ["--profile", profile, "--policy", policy, "--memory-max", "100MiB"]
-    terminal = desk(*options, "--", sys.executable, agent, tmp_path)
+    terminal = desk(*options, "--", *resumable_profile.command(tmp_path))
     terminal.shows("agent> ")
     wait_for(lambda: terminal.lines("protecting"), 60)
     terminal.type("grow 76\r")

@@ -6,38 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from desk import RUN, AtTerminal
 
-from governor import run_memcg
+from tests.fakes import resumable_profile
 from tests.waiting import wait_for
 
-FAKE = Path(__file__).parent.parent / "fakes" / "resumable.py"
-PROFILE = """
-[match]
-process = ["resumable.py"]
-[state_file]
-path = "{directory}/{{pid}}.json"
-session = "sessionId"
-start = "procStart"
-status = "status"
-idle = ["idle"]
-busy = ["busy"]
-[screen]
-prompt = '^agent>(?: (?P<draft>.*))?$'
-[signals]
-compact = "SIGUSR1"
-[session]
-globs = ["{directory}/*.jsonl"]
-compact_stopped = ["{python}", "{fake}", "{directory}", "--compact", "{{session}}"]
-compact_refused = ['"too short"']
-resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
-resume_peak = "{peak}"
-[efficacy]
-compact = "useless"
-"""
 POLICY = """
 [recycle]
 retry = "1s"
@@ -52,14 +29,14 @@ grace = "2s"
 class Desk:
     """The agent at a terminal, in a memcg of 160 MiB."""
 
-    def __init__(self, directory, peak, recycle):
+    def __init__(self, directory, peak, recycle, more, above):
         self.directory = directory
         profile, policy = directory / "profile.toml", directory / "policy.toml"
-        profile.write_text(PROFILE.format(directory=directory, python=sys.executable, fake=FAKE, peak=peak))
+        profile.write_text(resumable_profile.profile(directory, peak=peak))
         policy.write_text(POLICY.format(recycle=recycle))
         words = [*RUN, "--profile", str(profile), "--policy", str(policy), "--memory-max", "160MiB"]
         environment = {"XDG_STATE_HOME": str(directory / "state"), "TERM": "xterm"}
-        command = [*words, "--source", "poll", "--", sys.executable, str(FAKE), str(directory)]
+        command = [*words, "--source", "poll", "--", *above, *resumable_profile.command(directory), *more]
         self.terminal = AtTerminal(*command, environment=environment)
         self.await_output(b"agent> ")
         wait_for(lambda: "protecting" in self.log)
@@ -101,15 +78,11 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path):
-    try:
-        run_memcg.remove(run_memcg.make(64 << 20))
-    except run_memcg.NoMemcg as error:
-        pytest.skip(str(error))
+def desk(tmp_path, memcg):
     made = []
 
-    def start(peak="40MiB", recycle=""):
-        made.append(Desk(tmp_path, peak, recycle))
+    def start(*more, peak="40MiB", recycle="", above=()):
+        made.append(Desk(tmp_path, peak, recycle, more, above))
         return made[-1]
 
     yield start
@@ -146,6 +119,17 @@ def test_one_that_works_or_has_a_draft_is_left_alone_until_it_is_idle(desk):
     assert agent.turns == ["began"]
     agent.type("\x15")  # Ctrl-U: it is gone
     agent.await_output(agent.session + b" goes on")
+
+
+def test_below_a_shell_that_goes_on_nobody_would_come_back_and_it_is_left_alone(desk):
+    agent = desk(above=("sh", "-c", '"$@"; read line; exit 6', "sh"))
+    agent.do("grow 122")
+    time.sleep(10)  # without the shell it is over in three seconds
+    agent.terminal.read()
+    assert agent.turns == ["began"] and "recycle" not in agent.log
+    agent.type("exit 0\r")
+    agent.type("\r")
+    assert agent.terminal.wait() == 6
 
 
 def test_one_that_ignores_sigterm_stays_and_what_was_ordered_does_not_come(desk):

@@ -12,50 +12,23 @@ from pathlib import Path
 import pytest
 from desk import RUN, AtTerminal
 
-from governor import run_memcg, run_resume
+from governor import run_resume
+from tests.fakes import resumable_profile
 from tests.waiting import wait_for
-
-FAKE = Path(__file__).parent.parent / "fakes" / "resumable.py"
-PROFILE = """
-[match]
-process = ["resumable.py"]
-[state_file]
-path = "{directory}/{{pid}}.json"
-session = "sessionId"
-start = "procStart"
-status = "status"
-idle = ["idle"]
-busy = ["busy"]
-[screen]
-prompt = '^agent> ?(?P<draft>[^\\n]*)\\Z'
-[signals]
-compact = "SIGUSR1"
-[session]
-globs = ["{directory}/*.jsonl"]
-compact_stopped = {compact}
-resume = ["{python}", "{fake}", "{directory}", "--resume", "{{session}}"]
-resubmit = "{resubmit}"
-"""
 
 
 @pytest.fixture
-def desk(tmp_path):
+def desk(tmp_path, memcg):
     """The agent at a terminal, in a memcg of 96 MiB."""
-    try:
-        run_memcg.remove(run_memcg.make(64 << 20))
-    except run_memcg.NoMemcg as error:
-        pytest.skip(str(error))
     made = []
 
-    def start(*options, resubmit="", compacts=False):
+    def start(*options, resubmit="", compacts=False, more=()):
         profile = tmp_path / "profile.toml"
-        compact = [sys.executable, str(FAKE), str(tmp_path), "--compact", "{session}"] if compacts else []
-        names = {"directory": tmp_path, "python": sys.executable, "fake": FAKE, "resubmit": resubmit}
-        names["compact"] = json.dumps(compact)
-        profile.write_text(PROFILE.format(**names))
+        profile.write_text(resumable_profile.profile(tmp_path, compacts, resubmit=resubmit))
         words = [*RUN, "--profile", str(profile), "--memory-max", "96MiB", "--source", "poll", *options]
         environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
-        made.append(AtTerminal(*words, "--", sys.executable, str(FAKE), str(tmp_path), environment=environment))
+        command = [*resumable_profile.command(tmp_path), *more]
+        made.append(AtTerminal(*words, "--", *command, environment=environment))
         made[-1].await_output(b"agent> ")
         wait_for(lambda: "protecting" in log_of(tmp_path))
         return made[-1]
@@ -100,6 +73,26 @@ def test_a_session_that_filled_memory_is_compacted_before_it_goes_on(desk, tmp_p
     agent.await_output(session + b" goes on", 60)
     assert b"Its session is compacted, and goes on in " in agent.output
     assert turns(tmp_path) == ["began", "saved on SIGTERM", "compacted", "resumed"]
+    agent.type(b"exit 0\r")
+    assert agent.wait() == 0
+
+
+OPTIONS = ["--model", "large one", "--fast", "--dir", "a", "b", "--dir=c"]
+
+
+def test_the_users_options_outlast_every_resume_and_the_prompt_does_not(desk, tmp_path):
+    given = ["--first", "--model", "large one", "do this", "--fast", "--dir", "a", "b", "--dir=c", "--", "--fast"]
+    agent = desk(compacts=True, more=given)
+    session = session_of(agent.output)
+    for turn in range(2):
+        agent.output = b""
+        agent.type(b"grow 200\r")
+        agent.await_output(session + b" goes on", 60)
+        assert f"{tmp_path} ... --resume".encode() in agent.output
+        wait_for(lambda turn=turn: log_of(tmp_path).count("protecting") == turn + 2)
+    again = [["--compact", *OPTIONS], ["--resume", *OPTIONS]]
+    started = [json.loads(line) for line in (tmp_path / "words").read_text().splitlines()]
+    assert started == [["", *given], *again, *again]
     agent.type(b"exit 0\r")
     assert agent.wait() == 0
 

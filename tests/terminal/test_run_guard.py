@@ -48,15 +48,6 @@ def run(tmp_path):
         process.stdout.close()
 
 
-@pytest.fixture
-def memcg():
-    """Skips where no memcg can be made."""
-    try:
-        run_memcg.remove(run_memcg.make(64 << 20))
-    except run_memcg.NoMemcg as error:
-        pytest.skip(str(error))
-
-
 def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

@@ -11,7 +11,7 @@ import pytest
 from desk import RUN, AtTerminal
 from test_delivery import FAKES, PROFILE, Agent, start  # noqa: F401  a fixture
 
-from governor import run_memcg, telling, told
+from governor import telling, told
 from governor.children import Deferred, Ended
 from governor.delivery import alone_with, type_line
 from governor.model import Growth, Status
@@ -124,11 +124,7 @@ while True:
 """
 
 
-def test_a_tool_that_bursts_is_shed_and_its_agent_hears_of_it_in_its_input(tmp_path):
-    try:
-        run_memcg.remove(run_memcg.make(64 << 20))
-    except run_memcg.NoMemcg as error:
-        pytest.skip(str(error))
+def test_a_tool_that_bursts_is_shed_and_its_agent_hears_of_it_in_its_input(memcg, tmp_path):
     profile = tmp_path / "repl.toml"
     takes_words = (FAKES / "repl.toml").read_text().replace("[confirm]", "tell = true\n[confirm]")
     profile.write_text(f'{takes_words}[efficacy]\ncompact = "useless"\nclear = "useless"\n')

@@ -10,7 +10,7 @@ import time
 import pytest
 from desk import RUN, AtTerminal, ask, resident, wait_for
 
-from governor import person, run_memcg
+from governor import person
 from governor.channels.pty import Renderer
 from governor.channels.terminal import ChannelError
 from governor.run_notice import Notices, is_inside, sequence
@@ -291,12 +291,8 @@ GROWS = "import time; kept = b'x' * (50 << 20); print('big', flush=True); time.s
 
 
 @pytest.fixture
-def desk(tmp_path):
+def desk(memcg, tmp_path):
     """`governor run` with an agent that holds half of its memcg, which is to be cleared."""
-    try:
-        run_memcg.remove(run_memcg.make(64 << 20))
-    except run_memcg.NoMemcg as error:
-        pytest.skip(str(error))
     (tmp_path / "policy.toml").write_text(POLICY)
     state = {"XDG_STATE_HOME": str(tmp_path / "state")}
     words = [*RUN, "--policy", str(tmp_path / "policy.toml"), "--memory-max", "96MiB", "--source", "poll"]

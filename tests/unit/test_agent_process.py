@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.waiting import wait_for
 
 SECOND = 1_000_000_000
 IN_PLACE = "read x; exec -a late-agent sleep 60"
+AN_AGENT = ["bash", "-c", "exec -a an-agent sleep 60"]
 BESIDE = "read x; bash -c 'exec -a late-agent sleep 60' & wait"
 
 
@@ -58,6 +60,29 @@ def test_an_agent_that_comes_late_takes_the_place_of_what_stood_in_for_it(
     assert agent.pid == late_pid and agent.known
     assert not agent.is_stand_in(40 * SECOND)
     agent.forget()
+
+
+@pytest.mark.parametrize(
+    ("command", "ends"),
+    [
+        (AN_AGENT, True),
+        (["bash", "-c", "bash -c 'exec -a an-agent sleep 60'; sleep 60"], False),
+        (["timeout", "60", *AN_AGENT], True),
+        (["timeout", "60", "bash", "-c", "bash -c 'exec -a an-agent sleep 60'; sleep 60"], False),
+        ([sys.executable, "-c", f"import subprocess; subprocess.run({AN_AGENT}); input()"], False),
+    ],
+    ids=["itself", "shell", "wrapper", "shell in a wrapper", "anybody"],
+)
+def test_only_one_whose_end_ends_what_was_started_is_the_last(tmp_path, monkeypatch, command, ends):
+    monkeypatch.setattr(agent_process, "_STARTING_S", 0)
+    with subprocess.Popen(["setsid", *command], env={"PATH": "/bin:/usr/bin"}) as started:
+        agent = AgentProcess(str(tmp_path), started.pid, match=Match(("an-agent",)), only_wanted=True)
+        try:
+            wait_for(lambda: agent.find() and (agent.known or agent.let_go()))
+            assert agent.ends_all is ends
+        finally:
+            agent.forget()
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 def late_below(pid):

@@ -1,5 +1,6 @@
 """A guard in the background: when who started it may go, and with which status."""
 
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,38 @@ def test_who_started_it_ends_when_it_is_ready_and_it_goes_on(tmp_path):
         for name in ("end", "ended"):
             Path(tmp_path, name).unlink()
     assert log.with_name("log.1").exists()
+
+
+SAYS = START + (
+    "background.leave_streams(Path(sys.argv[1]))\n"
+    "os.execv(sys.executable, [sys.executable, '-c', sys.argv[2], str(fd)])"  # the guard is another program
+)
+MUCH = """
+import os, subprocess, sys
+from governor import background
+from governor.journal import say
+child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # has the log as well
+for number in range(40_000):
+    say(f"{number} " + 94 * "x")
+child.communicate(b"the child\\n")
+background.ready(int(sys.argv[1]))
+"""
+
+
+def test_its_log_holds_a_mebibyte_and_what_was_before(tmp_path):
+    log, other = tmp_path / "log", tmp_path / "other"
+    assert start(SAYS, log, MUCH).returncode == 0
+    lines = (log.with_name("log.1").read_text() + log.read_text()).splitlines()
+    sizes = [log.stat().st_size, log.with_name("log.1").stat().st_size]
+    assert sizes[0] <= 1 << 20 < sizes[1] < (1 << 20) + 200
+    assert lines[-1] == "the child"
+    numbers = [int(line.split()[1]) for line in lines[:-1]]
+    assert numbers == list(range(numbers[0], 40_000))
+    assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
+    moved = f"import os; os.rename({str(log)!r}, {str(other)!r}); open({str(log)!r}, 'w').close()\n"
+    assert start(SAYS, log, moved + MUCH).returncode == 0
+    assert other.stat().st_size > 4 << 20  # who moves it looks after it
+    assert log.stat().st_size == 0
 
 
 @pytest.mark.parametrize(

@@ -624,6 +624,26 @@ def test_after_three_restarts_for_nothing_it_is_not_tried_again():
     assert run.state.recycle.status is Status.USELESS
 
 
+def test_a_restart_that_is_interrupted_says_nothing_of_its_use():
+    run, restarts = recycling(), 0
+    for _ in range(4000):
+        run.at(0.8, agent_mib=600)
+        if run.state.recycle.status is Status.RUNNING:
+            run.then(idle(0.8))
+        if run.state.recycle.status is Status.RESTARTING:
+            restarts += 1
+            run.then(Answered(Tier.RECYCLE, Status.EXPIRED))
+    assert (restarts > 4, run.state.recycle.useless_trials) == (True, 0)
+
+
+@pytest.mark.parametrize(("grace_s", "lost_s"), [(10, 90), (240, 270)])
+def test_an_agent_that_is_asked_to_end_has_its_grace_before_its_recycle_is_given_up(grace_s, lost_s):
+    policy = replace(RECYCLED, terminate=replace(RECYCLED.terminate, grace_ns=grace_s * SECOND))
+    run = recycling(policy).at(0.8, 3, agent_mib=600).then(idle(0.8)).at(0.8, 10, agent_mib=600).then(idle(0.8))
+    assert run.at(0.8, lost_s - 1, agent_mib=600).state.recycle.status is Status.RESTARTING
+    assert run.at(0.8, 2, agent_mib=600).state.recycle.status is Status.FAILED
+
+
 def test_an_agent_that_stays_is_not_recycled_by_the_next_governor():
     run = restarted()
     assert ladder.resumed(run.state, same_agent=True, now_ns=run.now_ns).recycle.status is Status.FAILED
@@ -667,7 +687,7 @@ events = st.one_of(
     st.builds(
         Answered,
         st.sampled_from(Tier),
-        st.sampled_from([Status.DELIVERED, Status.DEFERRED, Status.FAILED]),
+        st.sampled_from([Status.DELIVERED, Status.DEFERRED, Status.FAILED, Status.EXPIRED]),
         st.one_of(st.none(), memories),
     ),
     st.builds(Shedded, st.integers(0, 2)),

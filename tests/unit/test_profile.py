@@ -49,6 +49,7 @@ def test_the_profiles_that_come_along_are_good_and_are_shown_as_they_are_read(na
     assert name in run("list").stdout
 
 
+KEEPS = WAY + "[session]\nresume = ['a', '{options}', '--resume']\nkeep_options = "
 FAULTS = [
     ("", 0, "no way to compact or clear"),
     (WAY + 'clear = "SIGKILL"', 3, "a signal that the agent can handle"),
@@ -68,6 +69,21 @@ FAULTS = [
     (WAY + "[session]\nresume = ['a', '{session}']", 4, "state_file.session beside it"),
     (WAY + "[session]\nresume = ['']", 4, "begins with the program to run"),
     (WAY + "[session]\nresubmit = '/go on'", 4, "words that are no command"),
+    (WAY + "[session]\nresume = ['{options}']", 4, "a word of its own behind the program"),
+    (WAY + "[session]\nresume = ['a', 'x{options}']", 4, "a word of its own behind the program"),
+    (WAY + "[session]\nresume = ['a', '{options}', '{options}']", 4, '"{options}" once'),
+    (WAY + "[session]\nresume = ['a', '{options}']", 4, "session.keep_options beside it"),
+    (WAY + "[session]\nkeep_options = ['-a']", 4, "session.resume beside it"),
+    (WAY + "[session]\nresume = ['a']\nkeep_options = ['-a']", 5, 'a word "{options}" in session.resume'),
+    (KEEPS + "['-a', '-b, --bee <x']", 5, 'found "-b, --bee <x"'),
+    (KEEPS + "['-a <x>', '--all, -a']", 5, 'each name once: "--verbose"'),
+    (KEEPS + "['model <x>']", 5, "options as --help has them"),
+    (KEEPS + "['--resume, -r [id]']", 5, "none that session.resume gives itself, as --resume"),
+    (
+        KEEPS.replace("'--resume'", "'on'") + "['-d [x]']",
+        4,
+        'an option after "{options}", whose last one would take "on"',
+    ),
     (
         WAY + "[screen]\nprompt='>(?P<draft>)'\n[state_file]\npath='~/x'\nsession='s'\nstatus='t'\nbusy=['b']\n"
         "[session]\nresubmit = 'go on'",

@@ -164,3 +164,13 @@ def test_off_without_root_is_for_ones_own(tmp_path, monkeypatch):
     os.waitpid(pid, 0)
     assert os.read(told[0], 4000) == b"[]"
     assert (theirs / "governor").stat().st_uid == 65534
+
+
+def test_off_of_one_instance_leaves_the_others_alone(run_directory, holding, agent, tmp_path):
+    brake(run_directory, tmp_path, agent.pid)
+    ended, other = holding("node"), holding("guard-7")
+    assert switch_off.switch_off("node") == [f"stopped process {ended}"]
+    assert instance.holders() == [other]
+    assert read_stat(agent.pid).state == "T"
+    switch_off.switch_off("memcg-7")
+    wait_for(lambda: read_stat(agent.pid).state == "S")

@@ -71,6 +71,7 @@ def test_in_front_of_an_agent_it_comes_back_after_a_burst_and_stops_cleanly(unit
     checked("systemctl", "start", "agent.service")
     wait_for(lambda: ready("agent", 1) and protected("agent", 1), what="protection")
     assert "brake: stop; limit: its own limit" in log("agent")
+    assert list(Path("/run/governor-agent/governor").glob("memcg-*.sock"))
     (HOME / "begin").touch()
     wait_for(lambda: shown("agent", "NRestarts") == "1", what="a restart")
     assert saved() == 1
