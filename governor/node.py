@@ -78,6 +78,7 @@ class Node:
         self._polled: list[int] = []
         self._there: dict[str, _There] = {}  # by path
         self._undecided: deque[_There] = deque()
+        self._scanning_ns = 0  # since when; what it found is to be decided as well
         journals = Path(wanted.state, _JOURNALS).glob("*.ndjson")
         self._left = dict.fromkeys(sorted(journals, key=_changed_s))  # journals of who is gone, oldest first
         self._observation = Observation(self.loop, wanted.listen)
@@ -135,7 +136,7 @@ class Node:
         self._observation.turn(now_ns)
         if now_ns >= self._census.due_ns:
             self._heed_census()
-            self.loop.tally.scanned(time.monotonic_ns() - now_ns)
+            self._scanning_ns = self._scanning_ns or now_ns
         for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
             there.again_ns = None
             self._undecided.append(there)
@@ -144,6 +145,9 @@ class Node:
             there = self._undecided.popleft()
             if self._there.get(there.container.cgroup) is there:
                 self._choose(there)
+        if self._scanning_ns and not self._undecided:
+            self.loop.tally.scanned(time.monotonic_ns() - self._scanning_ns)
+            self._scanning_ns = 0
         return bool(self._undecided)
 
     def _heed_census(self) -> None:
