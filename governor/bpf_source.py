@@ -41,6 +41,7 @@ class BpfSource:
         self._rings = bpflib.Rings(lib, self._ring_maps, on_record)
         self.fd = self._rings.fd
         self.drain = self._rings.drain
+        self.tells_of_stalls = f"{pins_directory}/stall" in modules
 
     def vanished(self) -> bool:
         """Whether somebody detached the programs: the maps that are open still work, and nobody writes to them."""

@@ -52,8 +52,8 @@ class KnobFile:
 
     def free_slot(self) -> int:
         """A slot that is not in use; the file grows where there is none."""
-        used = set(self.slots())
-        slot = next(slot for slot in range(len(used) + 1) if slot not in used)
+        count, memory = len(self.memory) // SLOT_BYTES, self.memory
+        slot = next((slot for slot in range(count) if not memory[slot * SLOT_BYTES + _OFF_USED]), count)
         if (slot + 1) * SLOT_BYTES > len(self.memory):
             self._grow((slot + _SLOTS_MORE) * SLOT_BYTES)
         return slot

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
-from governor.poller import Poller
+from governor.poller import Poller, is_ready
 
 _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
@@ -65,12 +64,12 @@ class Child:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         status: int = signal.SIGKILL
-        if select.select([self.pidfd], [], [], _DEATH_S)[0]:
+        if is_ready(self.pidfd, _DEATH_S):
             _, status = os.waitpid(self.pid, 0)
         if self.clean_up:
             self.note = self.clean_up()
         while self.drain() and len(self.output) < _OUTPUT_LIMIT_BYTES:
-            if not select.select([self.pipe_fd], [], [], 0)[0]:
+            if not is_ready(self.pipe_fd):
                 break
         os.close(self.pipe_fd)
         os.close(self.pidfd)
@@ -138,12 +137,17 @@ class Children:
     def _on_ready(self, fd: int) -> None:
         child, _ = self._running.get(fd, (None, None))
         if child and fd == child.pidfd:
-            if select.select([fd], [], [], 0)[0]:  # the poll may have meant another one's, closed since
+            if is_ready(fd):  # the poll may have meant another one's, closed since
                 self._end(child, over_deadline=False)
         elif child and not child.drain():
             self._forget(fd)
         elif child and child.floods:
             self._end(child, over_deadline=False)
+
+    @property
+    def are_none(self) -> bool:
+        """Whether none runs."""
+        return not self._running
 
     def has_work(self) -> bool:
         """Whether one is at something other than a delivery: an archive, say."""

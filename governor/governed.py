@@ -24,11 +24,13 @@ class Governed:
         poller: Poller,
         with_psi: bool,
         on_stir: Callable[[Governed], None],
+        with_stalls: bool,
     ) -> None:
         self.slot = slot
         self.knobs = knobs
         self.limits = Limits(knobs.memcg)
-        self.poll = PollSource(self.limits, poller, with_psi, time.monotonic_ns(), lambda _: on_stir(self))
+        now_ns = time.monotonic_ns()
+        self.poll = PollSource(self.limits, poller, with_psi, now_ns, lambda _: on_stir(self), with_stalls)
         self.loan = Loan()
         self.epoch = time.monotonic_ns()  # differs from whatever an earlier reader wrote
         self.verified_ns = 0

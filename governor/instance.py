@@ -52,9 +52,14 @@ def state_directory() -> Path:
     return path if os.access(there, os.W_OK | os.X_OK) else run_directory() / "state"
 
 
+def lock_path(name: str) -> Path:
+    """The file of a lock; raises OSError."""
+    return run_directory() / f"{name}.lock"
+
+
 def lock(name: str) -> int:
     """Take a lock and return its descriptor, which an exec keeps; raises Busy with the holder's pid."""
-    path = run_directory() / f"{name}.lock"
+    path = lock_path(name)
     until_s = time.monotonic() + _PATIENCE_S
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

@@ -36,7 +36,10 @@ from governor.target import Shared, Target
 from governor.toml_file import FileError
 
 _AFTER_FAULT_S = 0.1
-_CALM_NS = 10_000_000  # of the time, for each target that is calm: samples of a thousand take a tenth of a CPU
+_CALM_NS = 10_000_000  # between the turns of two targets that are calm, and
+_CALM_RATIO = 10  # so many times what such a turn takes: however many there are, they take a tenth of a CPU at most
+_AVERAGED = 32
+_TURNS_NS = 50_000_000  # of turns, until whoever waits to be heard is
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -55,7 +58,8 @@ class Loop:
         self.unload_at_end = False
         self.note: Note = lambda kind, text, **_: say(text)  # of what is no single target's
         self.reload: Callable[[], None] = lambda: None  # upon SIGHUP
-        self.on_turn: Callable[[int], None] = lambda now_ns: None  # once a second at least
+        # Once a second at least; True: to be called again at once, after whoever waits to be heard.
+        self.on_turn: Callable[[int], bool] = lambda now_ns: False
         self.protected: Callable[[], None] = lambda: None  # the protection of a target has begun
         self.status = 0  # to exit with
         self.poller = Poller()
@@ -78,9 +82,11 @@ class Loop:
             self.tally,
             self._programs.source_name,
             lambda: self.protected(),
-            lambda: len(self.targets) * _CALM_NS,
+            lambda: len(self.targets) * max(_CALM_NS, _CALM_RATIO * self._turn_took_ns),
+            self.look_at,
         )
         self._dropped = 0
+        self._turn_took_ns = 0  # CPU time, the average of late
         self._had_bpf = False
         self._stopping = self._in_a_hurry = False
 
@@ -169,20 +175,24 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self.children.check_deadlines(now_ns)
-        self.on_turn(now_ns)
+        is_pressed = self.on_turn(now_ns)
         for slot in self._schedule.due(now_ns):
             self._turn(self.targets[slot], now_ns)
+            if time.monotonic_ns() - now_ns > _TURNS_NS:
+                break
         for target in [target for target in self.targets.values() if target.is_lively]:
             self._turn(target, now_ns)
         next_ns = self._schedule.next_ns()
         until_ns = now_ns + SECOND if next_ns is None else min(next_ns, now_ns + SECOND)
         self.tally.turns.observe(time.monotonic_ns() - self.poller.woken_ns)
-        self.poller.wait(until_ns - time.monotonic_ns())
+        self.poller.wait(0 if is_pressed else until_ns - time.monotonic_ns())
 
     def _turn(self, target: Target, now_ns: int) -> None:
         self._schedule.set(target.slot, now_ns + SECOND)  # whatever goes wrong
+        begun_ns = time.thread_time_ns()
         try:
             target.turn(now_ns)
+            self._turn_took_ns += (time.thread_time_ns() - begun_ns - self._turn_took_ns) // _AVERAGED
         except Exception as error:  # noqa: BLE001  one target's fault is no other's
             self._fault(error, target.note)
         if target.gone and not target.finishing():

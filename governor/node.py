@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from governor.policy_directory import PoliciesError
 _DESCRIPTORS = 1 << 16  # a target has about ten
 _JOURNALS, _JOURNALS_KEPT = "containers", 256
 _AGAIN_NS = 30_000_000_000  # until a container that could not be governed is tried again
+_CHOOSING_NS = 50_000_000  # at a time: a thousand new ones must not keep the loop from those that are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,18 @@ class Node:
         self._census = Census(wanted.cgroup_root, now_ns, lambda text: self.note("census", text), wanted.host_root)
         self._polled: list[int] = []
         self._there: dict[str, _There] = {}  # by path
+        self._undecided: deque[_There] = deque()
+        self._scanning_ns = 0  # since when; what it found is to be decided as well
+        journals = Path(wanted.state, _JOURNALS).glob("*.ndjson")
+        self._left = dict.fromkeys(sorted(journals, key=_changed_s))  # journals of who is gone, oldest first
         self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
         """Until SIGTERM; the status to exit with."""
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(_DESCRIPTORS, hard), hard))
+        for limit in (min(_DESCRIPTORS, hard), _DESCRIPTORS):  # above the hard limit only with CAP_SYS_RESOURCE
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
         self._journal.begin()
         for told in self.loop.knob_file.restore_all():  # a killed daemon's: whoever is in need is braked again
             self.note("restored", told)
@@ -121,18 +128,27 @@ class Node:
 
     def _read_policies_again(self) -> None:
         self._policies = policy_directory.reload(self._policies, Path(self._wanted.policies), self.note)
-        for there in list(self._there.values()):
-            self._choose(there)
+        self._undecided.extend(self._there.values())
 
     # Containers
 
-    def _turn(self, now_ns: int) -> None:
+    def _turn(self, now_ns: int) -> bool:
         self._observation.turn(now_ns)
         if now_ns >= self._census.due_ns:
             self._heed_census()
-            self.loop.tally.scanned(time.monotonic_ns() - now_ns)
+            self._scanning_ns = self._scanning_ns or now_ns
         for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
-            self._choose(there)
+            there.again_ns = None
+            self._undecided.append(there)
+        until_ns = time.monotonic_ns() + _CHOOSING_NS
+        while self._undecided and time.monotonic_ns() < until_ns:
+            there = self._undecided.popleft()
+            if self._there.get(there.container.cgroup) is there:
+                self._choose(there)
+        if self._scanning_ns and not self._undecided:
+            self.loop.tally.scanned(time.monotonic_ns() - self._scanning_ns)
+            self._scanning_ns = 0
+        return bool(self._undecided)
 
     def _heed_census(self) -> None:
         for fd in self._polled:  # drain() may close one, and open another of its number
@@ -147,7 +163,7 @@ class Node:
                     self.loop.tally.found += container.cgroup not in self._there
                     there = self._there.setdefault(container.cgroup, _There(container))
                     there.container = container
-                    self._choose(there)
+                    self._undecided.append(there)
                 case Gone(path=path):
                     gone = self._there.pop(path, None)
                     self.loop.tally.gone += gone is not None
@@ -179,10 +195,12 @@ class Node:
         slot = self.loop.knob_file.free_slot()
         lock_fd = -1
         try:
-            lock_fd = instance.lock(guard_options.lock_name(Path(path).stat().st_ino))
+            cgroup_id = Path(path).stat().st_ino
+            lock_fd = instance.lock(guard_options.lock_name(cgroup_id))
             os.set_inheritable(lock_fd, False)
             guard = self._guard(there.container, policy)
-            self.loop.add(guard, slot, policy, None, lambda: self._dropped(there, lock_fd), there.container)
+            done = lambda: self._dropped(there, cgroup_id, lock_fd)  # noqa: E731
+            self.loop.add(guard, slot, policy, None, done, there.container)
         except FileNotFoundError:  # gone again
             pass
         except instance.Busy as busy:
@@ -195,6 +213,7 @@ class Node:
             self.note("not_governed", f"{shown}: {error.strerror}: {error.filename}", cgroup=path)
         else:
             there.slot = slot
+            self._left.pop(self._journal_path(there.container), None)
             text = f"{shown}: governed by policy {policy.name!r}: {reason}"
             self.note("governed", text, cgroup=path, slot=slot, container=asdict(there.container))
             return
@@ -207,23 +226,31 @@ class Node:
             instance=self._wanted.instance,
             knob_path=self._wanted.knob_path,
             archive_directory=f"{self._wanted.state}/archive",
-            journal_path=f"{self._wanted.state}/{_JOURNALS}/{container.container_id}.ndjson",
+            journal_path=str(self._journal_path(container)),
             policy=policy.name,
             is_container=True,
         )
 
-    def _dropped(self, there: _There, lock_fd: int) -> None:
+    def _journal_path(self, container: Container) -> Path:
+        return Path(self._wanted.state, _JOURNALS, f"{container.container_id}.ndjson")
+
+    def _dropped(self, there: _There, cgroup_id: int, lock_fd: int) -> None:
         """The loop has let go of it."""
-        os.close(lock_fd)
         there.slot = None
-        if Path(there.container.cgroup).exists():
-            return
-        with suppress(OSError):  # a container's path never comes again
-            state_file.path_for(there.container.cgroup).unlink(missing_ok=True)
-        journals = sorted(Path(self._wanted.state, _JOURNALS).glob("*.ndjson"), key=_changed_s)
-        for journal in journals[:-_JOURNALS_KEPT]:
-            for file in (journal, *journal.parent.glob(f"{journal.name}.*")):
-                file.unlink(missing_ok=True)
+        path = there.container.cgroup
+        with suppress(OSError):
+            if not Path(path).exists():  # neither its path nor its id comes again
+                state_file.path_for(path).unlink(missing_ok=True)
+                instance.lock_path(guard_options.lock_name(cgroup_id)).unlink(missing_ok=True)
+                self._left[self._journal_path(there.container)] = None
+        os.close(lock_fd)
+        while len(self._left) > _JOURNALS_KEPT:
+            journal = next(iter(self._left))
+            del self._left[journal]
+            numbered = (journal.with_name(f"{journal.name}.{number}") for number in range(1, Journal.KEEP + 1))
+            for file in (journal, *numbered):
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
 
 def _changed_s(path: Path) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
 
 from governor import levels, record
 from governor.cgroup import MemoryState, pages, parse_flat_keyed
@@ -32,7 +33,13 @@ class PollSource:
     """Looks at one governed memcg and the ancestors with a limit."""
 
     def __init__(
-        self, limits: Limits, poller: Poller, with_psi: bool, now_ns: int, on_stir: Callable[[int], None]
+        self,
+        limits: Limits,
+        poller: Poller,
+        with_psi: bool,
+        now_ns: int,
+        on_stir: Callable[[int], None],
+        with_stalls: bool = True,
     ) -> None:
         """`on_stir` is called by the poller when the kernel stirs: stirred() is to follow."""
         self._limits = limits
@@ -46,24 +53,41 @@ class PollSource:
         self.fds: list[int] = []  # on the poller
         self.seen_ids: set[int] = set()  # of the memcgs with a limit, at the last look
         self.due_ns = now_ns
-        if with_psi and not limits.own.v1:
-            self._open_psi()
-            for fd in self.fds:
-                poller.register(fd, on_stir, select.EPOLLPRI)
+        self._with_psi, self._on_stir = with_psi and not limits.own.v1, on_stir
+        if self._with_psi:
+            self._open_events()
+            self.heed_stalls(with_stalls)
 
     @property
     def name(self) -> int:
         """PSI where a trigger could be set, else POLL."""
         return PSI if self._psi_fd >= 0 else POLL
 
-    def _open_psi(self) -> None:
-        memcg = self._limits.own
-        try:
-            self.fds.append(memcg.open("memory.events", os.O_RDONLY))
+    def heed_stalls(self, wanted: bool) -> bool:
+        """Have a PSI trigger, or none; whether that is a change. There is none where BPF tells of stalls.
+
+        Each costs a kernel thread (psi_trigger_create), and closing it waits for RCU (psi_trigger_destroy).
+        """
+        before = self._psi_fd
+        if wanted and before < 0 and self._with_psi:
+            self._open_psi()
+        elif not wanted and before >= 0:
+            self._poller.unregister(before)
+            os.close(before)
+            self.fds.remove(before)
+            self._psi_fd = -1
+        return self._psi_fd != before
+
+    def _open_events(self) -> None:
+        with suppress(OSError):
+            fd = self._limits.own.open("memory.events", os.O_RDONLY)
+            self.fds.append(fd)
             self._events = True
             self._oom_kills = self._read_events()
-        except OSError:
-            pass
+            self._poller.register(fd, self._on_stir, select.EPOLLPRI)
+
+    def _open_psi(self) -> None:
+        memcg = self._limits.own
         for trigger in _TRIGGERS:
             try:
                 fd = memcg.open("memory.pressure", os.O_RDWR | os.O_NONBLOCK)
@@ -76,6 +100,7 @@ class PollSource:
                 continue
             self._psi_fd = fd
             self.fds.append(fd)
+            self._poller.register(fd, self._on_stir, select.EPOLLPRI)
             return
 
     def stirred(self, now_ns: int) -> Record | None:
@@ -179,4 +204,5 @@ class PollSource:
             self._poller.unregister(fd)
             os.close(fd)
         self.fds.clear()
-        self._events, self._psi_fd = False, -1
+        self._events = self._with_psi = False
+        self._psi_fd = -1

@@ -9,6 +9,13 @@ from collections.abc import Callable
 Heard = Callable[[int], None]
 
 
+def is_ready(fd: int, within_s: float = 0) -> bool:
+    """Whether a descriptor can be read from; select() refuses those from 1024 on, and a node has more."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(within_s * 1000))
+
+
 class Poller:
     """One epoll instance; whoever registers a descriptor is called with it when it is ready."""
 

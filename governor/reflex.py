@@ -30,6 +30,7 @@ HEARTBEAT_NS = 1_000_000_000
 VERIFY_GAP_NS = 20_000_000
 CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 AFTER_LOAN_PPM = 940_000  # where a memcg whose loan was over is braked again
+LOOKS_NS = 2_000_000  # of looks, until the ring is drained: a thousand memcgs may be due at once
 HIGH_MARGIN_BYTES = 512 << 10  # memory.high under the usage would reclaim inside our write
 
 
@@ -223,7 +224,7 @@ class Reflex:
             self._tell(link.Adopted(slot, False, POLL, NONE).encode())
             return
         with_psi = self._wanted != "poll"
-        governed = Governed(slot, knobs, levels, self._poller, with_psi, self._stirred)
+        governed = Governed(slot, knobs, levels, self._poller, with_psi, self._stirred, self._lacks_stalls)
         self._slots[slot] = self._governed[knobs.memcg.cgroup_id] = governed
         if knobs.frozen_by_us:  # by an earlier reflex that was killed: lent for no longer than by this one
             governed.loan.begin(time.monotonic_ns())
@@ -237,6 +238,10 @@ class Reflex:
         governed.close()
         self._schedule.drop(governed.slot)
         del self._slots[governed.slot], self._governed[governed.limits.cgroup_id]
+
+    @property
+    def _lacks_stalls(self) -> bool:
+        return not (self._bpf and self._bpf.tells_of_stalls)
 
     def _source(self, governed: Governed) -> tuple[int, int]:
         return BPF if self._bpf else governed.poll.name, governed.knobs.brake
@@ -333,7 +338,7 @@ class Reflex:
         self._schedule.set(governed.slot, min(times))
 
     def _tick(self, now_ns: int) -> None:
-        for slot in list(self._schedule.due(now_ns)):
+        for slot in self._schedule.due(now_ns):
             governed = self._slots[slot]
             if governed.loan.deadline_ns is not None and now_ns >= governed.loan.deadline_ns:
                 self._brake_at(governed, max(governed.levels.engage_ppm[LEVEL_BRAKE - 1], AFTER_LOAN_PPM), False)
@@ -343,6 +348,8 @@ class Reflex:
             if now_ns >= governed.poll.due_ns:
                 self._look(governed, now_ns)
             self._plan(governed)
+            if self._suspects or time.monotonic_ns() - now_ns > LOOKS_NS:
+                break
         self._confirm_all()
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
@@ -358,6 +365,8 @@ class Reflex:
 
     def _look(self, governed: Governed, now_ns: int) -> None:
         """What polling sees; beside BPF, what it missed."""
+        if governed.poll.heed_stalls(self._lacks_stalls):
+            self._tell_source(governed)
         watched = self._bpf is not None or self._wanted == "bpf"
         found = governed.poll.look(governed.levels, now_ns, watched, len(self._slots))
         if found:

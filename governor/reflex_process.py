@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class ReflexProcess:
         self._pins_directory = pins_directory
         self._arguments = [str(knob_path), source]
         self._process: subprocess.Popen[bytes] | None = None
+        self._unsent: deque[bytes] = deque()  # a socket holds some 250 messages, and a node has more memcgs
         self._starts = 0
         self._not_before_ns = 0
         self._heard_ns = 0
@@ -73,11 +75,23 @@ class ReflexProcess:
             self.send(link.encode_pins(str(directory)))
 
     def send(self, message: bytes) -> bool:
-        """Tell reflex something; False when it is gone or does not keep up."""
-        return self.fd >= 0 and link.send(self.fd, message)
+        """Tell reflex something, in order, as soon as it has room; False when it is gone."""
+        if self.fd < 0:
+            return False
+        self._unsent.append(message)
+        self._flush()
+        return True
+
+    def _flush(self) -> None:
+        while self._unsent and link.send(self.fd, self._unsent[0]):
+            self._unsent.popleft()
 
     def receive(self) -> link.FromReflex | None:
-        """The next thing it said; None when nothing waits. Raises EOFError when it is gone."""
+        """The next thing it said; None when nothing waits. Raises EOFError when it is gone.
+
+        What found no room is sent on: reflex answers what it has read, and says once a second that it lives.
+        """
+        self._flush()
         data = link.receive(self.fd)
         if data is None:
             return None
@@ -98,6 +112,7 @@ class ReflexProcess:
         status = self._process.wait()
         os.close(self.fd)
         self._process, self.fd = None, -1
+        self._unsent.clear()
         return status
 
     def stop(self) -> None:

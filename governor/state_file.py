@@ -69,10 +69,7 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
 
     A file that cannot be used is renamed to `<name>.aside-<seconds>`; nothing is raised.
     """
-    for left in path.parent.glob(f".{path.name}.*"):  # by a governor that was killed while it saved
-        if left.suffix[1:].isdigit() and not Path("/proc", left.suffix[1:]).exists():
-            with suppress(OSError):
-                left.unlink()
+    _sweep(path)
     try:
         data = _read(path)
     except FileNotFoundError:
@@ -83,6 +80,16 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
         return _understood(orjson.loads(data), target), ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path} is not a state of this target ({error}): beginning anew{_set_aside(path)}"
+
+
+def _sweep(path: Path) -> None:
+    """What a governor left that was killed while it saved. No glob: that compiles and keeps a pattern a target."""
+    beside = f".{path.name}."
+    with suppress(OSError):
+        for name in os.listdir(path.parent):  # noqa: PTH208  a node has a thousand
+            pid = name.removeprefix(beside)
+            if name.startswith(beside) and pid.isdigit() and not Path("/proc", pid).exists():
+                path.with_name(name).unlink()
 
 
 def _understood(values: dict[str, Any], target: str) -> Saved:

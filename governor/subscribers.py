@@ -127,6 +127,11 @@ class Subscribers:
         self._poller.register(server.fileno(), lambda _: self._accept(server))
 
     @property
+    def are_none(self) -> bool:
+        """Whether nobody listens, and nobody has just left."""
+        return not self._subscribers and not self._has_changed
+
+    @property
     def can(self) -> frozenset[Tier]:
         """What somebody can be asked for."""
         return frozenset().union(*(subscriber.can for subscriber in self._subscribers.values()))

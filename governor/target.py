@@ -5,7 +5,6 @@ Owns no process but the children that act for it; reflex, the BPF programs and t
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from governor.model import Phase
 from governor.oom_kills import OomKills
 from governor.person import Person
 from governor.policy import MS, SECOND, Policy
-from governor.poller import Poller
+from governor.poller import Poller, is_ready
 from governor.profile import Profile
 from governor.recycle import Recycle
 from governor.standing import Standing
@@ -42,6 +41,7 @@ from governor.veto import Veto
 
 _SAMPLE_NS = {Phase.HELD: 50 * MS, Phase.PROBATION: 100 * MS, Phase.TERMINATING: 50 * MS}
 _TURN_NS = SECOND  # deadlines are looked at so often at least
+_YOUNG_NS = 10 * SECOND  # so long an agent is looked for every second: it is about to be started
 _HELD_BUDGET_NS = 100 * MS  # for finding out whose growth it is, while nothing grows
 
 
@@ -58,6 +58,7 @@ class Shared:
     source_name: Callable[[int], str]  # a source in words
     protected: Callable[[], None]  # called when a target's protection has begun
     calm_interval_ns: Callable[[], int]  # a calm target need not be sampled more often: others want their turn
+    look_at: Callable[[int], None]  # a slot is to have its turn now
 
 
 class Target:
@@ -147,7 +148,7 @@ class Target:
         self._decisions.carry_out = self._executor.carry_out
         self._decisions.on_step = self._stepped
         self._person = Person(self._children.attempt, lambda kind, text: self._journal.write(kind, text=text))
-        self._turned_ns = time.monotonic_ns()
+        self._turned_ns = self._begun_ns = time.monotonic_ns()
         self._sampled_ns = 0
         self._last: MemoryState | None = None
         self._last_ns = 0
@@ -203,7 +204,7 @@ class Target:
         """Whether to go on for the archive of an agent that has ended: who stops us with it must not lose that."""
         if self._agent.pidfd < 0:
             return self._children.has_work()
-        return bool(select.select([self._agent.pidfd], [], [], 0)[0])
+        return is_ready(self._agent.pidfd)
 
     def abandon(self) -> None:
         """Start nothing more, and end what was started."""
@@ -247,7 +248,13 @@ class Target:
     @property
     def due_ns(self) -> int:
         """When its next turn is."""
-        return min(self._sampled_ns + self._interval_ns(), self._turned_ns + _TURN_NS)
+        turn_ns = max(_TURN_NS, self._shared.calm_interval_ns()) if self._has_no_deadlines() else _TURN_NS
+        return min(self._sampled_ns + self._interval_ns(), self._turned_ns + turn_ns)
+
+    def _has_no_deadlines(self) -> bool:
+        is_young = self._turned_ns - self._begun_ns < _YOUNG_NS
+        is_calm = not (is_young or self.is_lively or self._is_raised() or self._recycle.awaits_end)
+        return is_calm and self._children.are_none and self._subscribers.are_none
 
     def _interval_ns(self) -> int:
         signals, state = self._policy.signals, self._decisions.state
@@ -374,6 +381,7 @@ class Target:
         self._agent.forget()
         self._reachable()
         self._shared.send(link.encode_slot(link.AGENT, self.slot, 0))
+        self._shared.look_at(self.slot)
 
     def _count_oom_kills(self, now_ns: int) -> None:
         before = self._kills.count
@@ -391,6 +399,7 @@ class Target:
             self.note("no_socket", f"nobody can subscribe: {path}: {error.strerror}")
 
     def _hello(self) -> dict[str, object]:
+        self._shared.look_at(self.slot)
         return {"cgroup": self._guard.cgroup, "agent_pid": self._agent.pid}
 
     def _reachable(self) -> None:

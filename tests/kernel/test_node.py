@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import INSTANCE, Container, in_a_fork
 
-from governor import cgroup
+from governor import cgroup, instance
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.any_kernel
@@ -139,6 +139,7 @@ def test_a_container_that_goes_is_let_go_and_its_slot_is_used_again(node):
         pod.close()
         node.await_line(pod, "memcg_gone")
     assert [line["slot"] for line in node.lines(None, "governed")] == [0, 0, 0]
+    assert not list(instance.run_directory().glob("memcg-*"))
     descriptors = len(os.listdir(f"/proc/{node.process.pid}/fd"))
     pod = node.pod(64)
     pod.start("sleep", "600")
@@ -146,6 +147,17 @@ def test_a_container_that_goes_is_let_go_and_its_slot_is_used_again(node):
     pod.close()
     node.await_line(pod, "memcg_gone")
     wait_for(lambda: len(os.listdir(f"/proc/{node.process.pid}/fd")) <= descriptors)
+
+
+def test_beside_bpf_no_memcg_costs_a_kernel_thread(node):
+    pod = node.pod(64)
+    pod.start("sleep", "600")
+    node.daemon()
+    wait_for(lambda: any(line["source"] == "bpf" for line in node.lines(pod, "protecting")))
+    reflex_pid = node.await_line(None, "reflex_started")["pid"]
+    opened = [os.readlink(each) for each in Path(f"/proc/{reflex_pid}/fd").iterdir()]
+    assert any(path.endswith("memory.events") for path in opened)
+    assert not any(path.endswith("memory.pressure") for path in opened)
 
 
 def test_a_dry_run_touches_nothing(node, tmp_path):
