@@ -1,8 +1,11 @@
 """scripts/k8s: manifests that Kubernetes takes, each right with its reason, and commands that governor knows."""
 
+import functools
 import json
+import operator
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +15,13 @@ import pytest
 import typer
 import yaml
 
-from governor import cli, policy_directory
+from governor import cli, cri, policy_directory
 
 K8S = Path(__file__).parent.parent.parent / "scripts" / "k8s"
 DAEMON_SET = K8S / "base" / "daemonset.yaml"
 LOADER_PATCH = K8S / "overlays" / "kprobe" / "loader.yaml"
 UNIT = K8S / "governor.service"
 FIRST_VERSION = "1.30"  # that knows appArmorProfile
-ELSEWHERE = {"status", "--listen"}  # of the metrics and health endpoint, which comes beside this
 
 
 def read(path):
@@ -49,10 +51,30 @@ def merged(base, patch):
     return patch
 
 
+def patched(overlay):
+    """The DaemonSet after the JSON patches (RFC 6902) of an overlay."""
+    made = read(DAEMON_SET)
+    for patch in read(K8S / "overlays" / overlay / "kustomization.yaml")["patches"]:
+        assert patch["target"] == {"kind": made["kind"], "name": made["metadata"]["name"]}
+        for step in yaml.safe_load(patch["patch"]):
+            *above, last = [int(key) if key.isdecimal() else key for key in step["path"].strip("/").split("/")]
+            found = functools.reduce(operator.getitem, above, made)
+            if step["op"] == "test":
+                assert found[last] == step["value"]
+            elif step["op"] == "remove":
+                del found[last]
+            else:
+                assert (step["op"], last) == ("add", "-")
+                found.append(step["value"])
+    return made
+
+
 RESOURCES = {
     "namespace": read(K8S / "base" / "namespace.yaml"),
     "daemonset": read(DAEMON_SET),
     "daemonset with kprobe": merged(read(DAEMON_SET), read(LOADER_PATCH)),
+    "daemonset with labels": patched("labels"),
+    "daemonset live": patched("live"),
 }
 VERSIONS = [FIRST_VERSION, kubernetes_validate.latest_version().rpartition(".")[0]]
 
@@ -122,9 +144,8 @@ def test_governor_knows_what_it_is_told():
     lines = [line.split() for parts in spoken for line in parts if line.startswith("governor ")]
     assert {words[1] for words in lines} == {"load", "daemon", "unload", "off", "status"}
     for _, name, *options in lines:
-        if name not in ELSEWHERE:
-            flags = {flag for parameter in known[name].params for flag in parameter.opts}
-            assert {word.partition("=")[0] for word in options if word.startswith("--")} <= flags | ELSEWHERE
+        flags = {flag for parameter in known[name].params for flag in parameter.opts}
+        assert {word.partition("=")[0] for word in options if word.startswith("--")} <= flags
 
 
 def test_all_speak_of_one_instance():
@@ -156,18 +177,26 @@ def test_what_kustomize_puts_together_is_there():
     assert {each["image"] for each in containers(pod())} == {image["name"] for image in base["images"]}
 
 
+def test_the_runtimes_socket_is_where_the_daemon_looks_for_it(tmp_path):
+    spec = patched("labels")["spec"]["template"]["spec"]
+    [mount] = [each for each in spec["containers"][0]["volumeMounts"] if each["name"] == "runtime"]
+    [host_root] = re.findall(r"--host-root=(\S+)", " ".join(spec["containers"][0]["args"]))
+    path = tmp_path / mount["mountPath"].removeprefix(f"{host_root}/")
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as runtime:
+        runtime.bind(str(path))
+        assert cri.sockets(str(tmp_path)) == [str(path)]
+
+
 def test_the_policies_are_right():
     assert policy_directory.load(K8S / "base" / "policies")
 
 
 def test_it_begins_as_a_dry_run_and_the_overlay_ends_that():
-    live = read(K8S / "overlays" / "live" / "kustomization.yaml")
-    test, remove = yaml.safe_load(live["patches"][0]["patch"])
-    assert test["path"] == remove["path"]
-    found = read(DAEMON_SET)
-    for key in test["path"].strip("/").split("/"):
-        found = found[int(key) if key.isdecimal() else key]
-    assert found == test["value"] == "--dry-run"
+    base, live = (
+        made["spec"]["template"]["spec"]["containers"][0]["args"] for made in (read(DAEMON_SET), patched("live"))
+    )
+    assert [word for word in base if word not in live] == ["--dry-run"]
     assert "--dry-run" in UNIT.read_text().partition("ExecStart=")[2].splitlines()[0]
 
 
