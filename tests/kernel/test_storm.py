@@ -33,7 +33,7 @@ cooldown = "1h"
 cooldown_waived = 1.0
 settle = "1s"
 efficacy = "useful"
-exec = ["sh", "-c", "echo $GOVERNOR_TIER >> {done}; sleep 1"]
+exec = ["sh", "-c", "echo $GOVERNOR_TIER >> {done}; sleep 4"]
 [brake]
 probation = "2s"
 [terminate]
@@ -152,9 +152,9 @@ def test_a_compact_that_was_under_way_is_not_delivered_again(container, tmp_path
     storm.start()
     try:
         wait_for((tmp_path / "done").exists, what="the compact command")
-        assert not storm.governor.lines("delivered")  # it goes on for a second
+        assert not storm.governor.lines("delivered")  # it goes on for four seconds
         storm.kill("governor")
-        time.sleep(3)
+        time.sleep(5)
         assert (tmp_path / "done").read_text().split() == ["compact"]
         assert storm.governor.lines("begin")[-1]["state"]["compact"]["status"] == "delivered"
     finally:
