@@ -176,11 +176,9 @@ def test_a_scraper_that_does_not_read_delays_no_other_for_long_and_no_probe_at_a
     deaf = served.connect(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
     while not served.endpoint._is_formatting:
         served.turn()
-    began_s = time.monotonic()
     assert served.get("/healthz")[0] == 200
-    assert time.monotonic() - began_s < 0.5
+    assert served.endpoint._is_formatting, "a probe waited for the metrics"
     assert len(served.get("/metrics")[2]) == 16 << 20
-    assert time.monotonic() - began_s < 8
     assert len(served.read(deaf)) < 16 << 20
     assert served.notes == []
 
