@@ -4,7 +4,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 
 import grpc
 import pytest
@@ -99,9 +98,7 @@ def test_a_runtime_that_hangs_is_not_waited_for(runtime):
     question = Question([one.path], [UID], 0)
     assert not select.select([question.fd], [], [], 1)[0]
     assert question.answer(cri.DEADLINE_NS - 1) is None
-    began = time.monotonic()
     assert question.answer(cri.DEADLINE_NS) == Answer(failed="no answer within its deadline")
-    assert time.monotonic() - began < 5
     assert question.fd == -1
 
 

@@ -140,7 +140,8 @@ def test_hostile_names_are_labels_and_nothing_else(accept):
         _, text = exposition(Exported(adopted(standings), enumerate(standings), 0), 1, None, accept)
         texts.append(text.decode())
     assert all(character.isprintable() for line in texts[1].splitlines() for character in line)
-    lines = [[re.sub(r"\{.*\}", "{}", line) for line in text.splitlines()] for text in texts]
+    ours = [[line for line in text.splitlines() if not line.startswith("process_")] for text in texts]
+    lines = [[re.sub(r"\{.*\}", "{}", line) for line in each] for each in ours]
     assert lines[0] == lines[1]  # the same metrics, line by line: no name has made one of its own
     values = {
         value
