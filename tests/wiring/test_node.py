@@ -82,9 +82,10 @@ class Node:
         print(self.log_path.read_text())
 
 
-@pytest.fixture
-def node(containerd, tmp_path):
-    made = Node(tmp_path)
+@pytest.fixture(scope="module")
+def node(containerd, tmp_path_factory):
+    """One daemon for all tests: under emulation it takes a minute to begin."""
+    made = Node(tmp_path_factory.mktemp("node"))
     yield made
     made.close()
 
