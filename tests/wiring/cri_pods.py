@@ -72,6 +72,7 @@ class CriPod:
     """A pod with one container, `agent`; `mounts` are the host's directories that it has, below the same paths."""
 
     def __init__(self, uid, name, namespace, limit_mib, labels=None, annotations=None, argv=(), mounts=(), user=0):
+        self.log = Path(f"/tmp/{name}.log")
         self.uid, self.cgroup = uid, Path(f"/sys/fs/cgroup/kubepods/burstable/pod{uid}")
         # PodSandboxConfig: metadata 1, log_directory 3, labels 6, annotations 7, linux 8 (parent 1, security 2)
         metadata = block(1, name) + block(2, uid) + block(3, namespace)
@@ -81,7 +82,7 @@ class CriPod:
         # ContainerConfig: metadata 1, image 2, command 3, mounts 7, log_path 11, linux 15 (resources 1, security 2)
         security = block(3, NODE_NETWORK) + (block(5, number(1, user)) if user else b"")
         linux = block(1, number(4, limit_mib << 20)) + block(2, security)
-        of_container = block(1, block(1, "agent")) + block(2, block(1, IMAGE)) + block(11, f"{name}.log")
+        of_container = block(1, block(1, "agent")) + block(2, block(1, IMAGE)) + block(11, self.log.name)
         of_container += b"".join(block(3, word) for word in argv)
         of_container += b"".join(
             block(7, block(1, to) + block(2, of) + number(3, is_read_only)) for of, to, is_read_only in mounts

@@ -73,9 +73,11 @@ class Node:
         """Once it does, by BPF, and knows the agent."""
         wait_for(lambda: self.said("protecting", pod)["source"] == "bpf")
         self.said("agent", pod)
+        wait_for(lambda: "ready" in pod.log.read_text(), what=f"the agent: {pod.log.read_text()}")
 
     def close(self):
         for pod in self.pods:
+            print(pod.log.read_text())
             pod.close()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
