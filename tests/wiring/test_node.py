@@ -46,7 +46,7 @@ class Node:
         told = self.tmp_path / uid
         told.mkdir()
         mounts = [(path, path, True) for path in ("/usr", "/lib", "/lib64", str(ROOT))]
-        mounts.append(("/told", str(told), False))
+        mounts.append((str(told), "/told", False))
         agent = ["/usr/bin/python3", f"{ROOT}/tests/fakes/agent.py", "/tmp/s.jsonl", burst, "--begin", "/told/begin"]
         name = f"pod-{len(self.pods)}"
         pod = CriPod(uid, name, namespace, limit_mib, argv=[*agent, *options], mounts=mounts, user=USER)
