@@ -69,7 +69,7 @@ def image():
 
 
 class CriPod:
-    """A pod with one container, `agent`; `mounts`: a directory of the host, where it has that, and whether to read only."""
+    """A pod with one container, `agent`; `mounts`: directories of the host, where it has them, if to read only."""
 
     def __init__(self, uid, name, namespace, limit_mib, labels=None, annotations=None, argv=(), mounts=(), user=0):
         self.log = Path(f"/tmp/{name}.log")
