@@ -243,7 +243,7 @@ def _become_child(write_fd: int, keep: Collection[int]) -> None:
     """A process group of its own, usual signals, none of the parent's descriptors but the pipe and those to keep."""
     assert all(fd > PIPE_FD for fd in keep)
     os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, PIPE_FD, inheritable=False)
