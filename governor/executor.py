@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import announce, archive, cut_turn, link, model, record, resume, subtree, told
+from governor import announce, archive, cut_turn, inside, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.agent_process import AgentProcess
 from governor.brake import FREEZE, NONE, KnobFile
@@ -253,11 +253,22 @@ class Executor:
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
         pid, message = self.agent.pid, f"governor: terminated: {reason}"
 
+        door = self.agent.door
+
         def tell() -> bytes:
-            return b"written" if termination_log.write(message, pid) else b""
+            if door is None:
+                return b"written" if termination_log.write(message, pid) else b""
+            inhabitant = inside.who(door)
+            inside.hide()
+            inside.enter_mounts(door)  # as its own user: what it has mounted there may be anybody's
+            inside.become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
+            return b"written" if termination_log.write(message) else b""
 
         deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
-        self.children.attempt(lambda: fork(tell, deadline_ns, "the termination log"), self._termination_log_ended)
+        self.children.attempt(
+            lambda: fork(tell, deadline_ns, "the termination log", keep=door.fds if door else ()),
+            self._termination_log_ended,
+        )
         self._resume(resume.TERMINATED, reason)  # while it lives: at its end it may forget its session
         sent = self.agent.ask_to_end()
         if not sent and self.resume_path:

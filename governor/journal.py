@@ -75,6 +75,8 @@ class Journal:
     def close(self) -> None:
         """Nothing may be written any more."""
         os.close(self._fd)
+        self._fd = -1  # its number will be another file's
+        self._failed = True
 
     def _open(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -18,7 +18,7 @@ MESSAGE_BYTES = 512
 # governor to reflex
 ADOPT, BRAKE, THAW, PROLONG, SET_LEVELS, AGENT, OPEN_PINS, RELEASE = 1, 2, 3, 4, 5, 6, 7, 8
 # reflex to governor
-RECORD, BRAKED, THAWED, ALIVE, ADOPTED, SOURCE, REFUSED = 16, 17, 18, 19, 20, 21, 22
+RECORD, BRAKED, THAWED, ALIVE, ADOPTED, SOURCE, REFUSED, RELEASED = 16, 17, 18, 19, 20, 21, 22, 23
 
 # Why a memcg was thawed
 FALSE_ALARM, LOAN_OVER, ASKED = 1, 2, 3
@@ -129,6 +129,16 @@ class Source(NamedTuple):
         return _SOURCE.pack(SOURCE, *self)
 
 
+class Released(NamedTuple):
+    """Every turn of a slot's knobs is undone, and nothing more is said of it: it may be another's."""
+
+    slot: int
+
+    def encode(self) -> bytes:
+        """The datagram."""
+        return encode_slot(RELEASED, self.slot)
+
+
 class Refused(NamedTuple):
     """Why the BPF programs are not, or no longer, the source."""
 
@@ -146,7 +156,7 @@ class Heard(NamedTuple):
     called_back_ns: int
 
 
-FromReflex = Heard | Braked | Thawed | Alive | Adopted | Source | Refused
+FromReflex = Heard | Braked | Thawed | Alive | Adopted | Source | Refused | Released
 
 
 def encode_levels(kind: int, slot: int, levels: Levels) -> bytes:
@@ -218,9 +228,11 @@ def decode_from_reflex(data: bytes) -> FromReflex:
         return Adopted._make(_ADOPTED.unpack(data)[1:])
     if kind == SOURCE and len(data) == _SOURCE.size:
         return Source._make(_SOURCE.unpack(data)[1:])
+    if kind == RELEASED and len(data) == _SLOT_AND_NS.size:
+        return Released(decode_slot(data)[0])
     if kind == REFUSED:
         return Refused(data[1:].decode(errors="replace"))
-    raise ValueError(f"found a message of kind {kind} and {len(data)} bytes from reflex, expected 16 to 22")
+    raise ValueError(f"found a message of kind {kind} and {len(data)} bytes from reflex, expected 16 to 23")
 
 
 def receive(fd: int) -> bytes | None:

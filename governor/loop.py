@@ -67,6 +67,7 @@ class Loop:
         self.tally = Tally()
         self._by_cgroup_id: dict[int, Target] = {}
         self._on_drop: dict[int, Callable[[], None]] = {}
+        self._released: set[int] = set()  # slots that reflex has not let go of yet
         self._schedule = Schedule()
         self.knob_file = KnobFile(knob_path)
         pinned = pins.current(instance) if source in (Source.AUTO, Source.BPF) else None
@@ -109,7 +110,12 @@ class Loop:
         self.targets[slot] = self._by_cgroup_id[target.cgroup_id] = target
         self._on_drop[slot] = on_drop
         self._schedule.set(slot, 0)
-        target.begin()
+        try:
+            target.begin()
+        except BaseException:
+            self._on_drop[slot] = lambda: None  # who asked hears of it by the exception
+            self.drop(target)
+            raise
         if self._reflex.pid is not None:
             target.adopt()
         return target
@@ -121,12 +127,19 @@ class Loop:
     def drop(self, target: Target) -> None:
         """Let go of it: its memcg is gone and what was to be done about that is done, or nobody wants it governed."""
         target.abandon()
-        self._shared.send(link.encode_slot(link.RELEASE, target.slot))
-        self.knob_file.release(target.slot)
+        self._released.add(target.slot)  # until then what it holds stays written down, and nobody has the slot
+        if not self._shared.send(link.encode_slot(link.RELEASE, target.slot)):
+            self._free(target.slot)
         target.close()
         del self.targets[target.slot], self._by_cgroup_id[target.cgroup_id]
         self._schedule.drop(target.slot)
         self._on_drop.pop(target.slot)()
+
+    def _free(self, slot: int) -> None:
+        if slot in self._released:
+            self._released.remove(slot)
+            if slot not in self.targets:  # one that failed before it was written down left its slot free
+                self.knob_file.release(slot)
 
     # What can be seen of it
 
@@ -175,7 +188,11 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self.children.check_deadlines(now_ns)
-        is_pressed = self.on_turn(now_ns)
+        try:
+            is_pressed = self.on_turn(now_ns)
+        except Exception as error:  # noqa: BLE001  what looks for further targets is not those that are there
+            is_pressed = False
+            self._fault(error, self.note)
         for slot in self._schedule.due(now_ns):
             self._turn(self.targets[slot], now_ns)
             if time.monotonic_ns() - now_ns > _TURNS_NS:
@@ -189,16 +206,17 @@ class Loop:
 
     def _turn(self, target: Target, now_ns: int) -> None:
         self._schedule.set(target.slot, now_ns + SECOND)  # whatever goes wrong
-        begun_ns = time.thread_time_ns()
+        begun_ns, least_ns = time.thread_time_ns(), 1
         try:
             target.turn(now_ns)
             self._turn_took_ns += (time.thread_time_ns() - begun_ns - self._turn_took_ns) // _AVERAGED
         except Exception as error:  # noqa: BLE001  one target's fault is no other's
             self._fault(error, target.note)
+            least_ns = int(_AFTER_FAULT_S * SECOND)
         if target.gone and not target.finishing():
             self.drop(target)
         else:
-            self._schedule.set(target.slot, max(target.due_ns, now_ns + 1))
+            self._schedule.set(target.slot, max(target.due_ns, now_ns + least_ns))
 
     def _fault(self, error: Exception, note: Note) -> None:
         self.tally.faults += 1
@@ -230,10 +248,10 @@ class Loop:
             target.abandon()
         self.children.abandon()
         self._reflex.stop()
-        for target in self.targets.values():
-            target.close()
         for told in self.knob_file.restore_all():
             self.note("restored", told)
+        for target in self.targets.values():
+            target.close()
         with suppress(OSError):
             Path(self.knob_file.path).unlink()
         if self.unload_at_end:
@@ -259,6 +277,8 @@ class Loop:
         self.poller.unregister(self._reflex.fd)
         status = self._reflex.reap()
         restored = self.knob_file.restore_all()
+        for slot in list(self._released):
+            self._free(slot)
         undone = "; ".join(restored) or "nothing was braked"
         self.note("reflex_gone", f"reflex ended with status {status}: {undone}; starting it again", status=status)
         self.tally.released_all(time.monotonic_ns())
@@ -288,6 +308,8 @@ class Loop:
                     target.on_reflex(said)
                     self._had_bpf |= target.source == poll_source.NAMES[poll_source.BPF]
                     self._schedule.set(slot, target.due_ns)
+            case link.Released(slot=slot):
+                self._free(slot)
             case link.Refused(reason=reason):
                 self._programs.refused(reason)
             case link.Alive() if self._source is Source.BPF and self._programs.lost:

@@ -151,12 +151,14 @@ class Node:
         return bool(self._undecided)
 
     def _heed_census(self) -> None:
-        for fd in self._polled:  # drain() may close one, and open another of its number
-            self.loop.poller.unregister(fd)
-        events = self._census.drain(time.monotonic_ns())
-        self._polled = self._census.fds
-        for fd in self._polled:
-            self.loop.poller.register(fd, lambda _: self._heed_census())
+        while self._polled:  # drain() may close one, and open another of its number
+            self.loop.poller.unregister(self._polled.pop())
+        try:
+            events = self._census.drain(time.monotonic_ns())
+        finally:
+            for fd in self._census.fds:
+                self.loop.poller.register(fd, lambda _: self._heed_census())
+                self._polled.append(fd)
         for event in events:
             match event:
                 case Known(container=container):
@@ -207,10 +209,11 @@ class Node:
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
             self.loop.tally.not_governed += 1
             self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that is no text, or too long for a slot
             there.again_ns = time.monotonic_ns() + _AGAIN_NS
             self.loop.tally.not_governed += 1
-            self.note("not_governed", f"{shown}: {error.strerror}: {error.filename}", cgroup=path)
+            why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+            self.note("not_governed", f"{shown}: {why}", cgroup=printable(path))
         else:
             there.slot = slot
             self._left.pop(self._journal_path(there.container), None)

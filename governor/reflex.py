@@ -215,8 +215,10 @@ class Reflex:
             elif governed and kind == link.AGENT:
                 governed.knobs.set_agent(ns, self._governor_pid)
                 self._tell_source(governed)
-            elif governed and kind == link.RELEASE:
-                self._release(governed)
+            elif kind == link.RELEASE:
+                if governed:
+                    self._release(governed)
+                self._tell(link.Released(slot).encode())
 
     def _adopt(self, slot: int, levels: Levels) -> None:
         knobs = self._knob_file.knobs(slot)

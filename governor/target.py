@@ -81,7 +81,12 @@ class Target:
         self.source = ""  # where crossings come from; not known before adopt()
         self._memcg = Memcg(guard.cgroup)
         self._limits = Limits(self._memcg)
-        self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
+        try:
+            self._journal = Journal(Path(guard.journal_path), guard.cgroup, self._first_line)
+        except OSError:
+            self._limits.close()
+            self._memcg.close()
+            raise
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
         match = profile.match if profile else None
         self._agent = AgentProcess(
@@ -371,6 +376,15 @@ class Target:
     def _agent_ended(self) -> None:
         self._shared.poller.unregister(self._agent.pidfd)
         pid, state = self._agent.pid, self._decisions.state
+        try:
+            self._bring_to_an_end(pid, state)
+        finally:  # whatever went wrong: else its pidfd is ready for ever, and its door keeps the container's mounts
+            self._agent.forget()
+            self._shared.send(link.encode_slot(link.AGENT, self.slot, 0))
+            self._shared.look_at(self.slot)
+        self._reachable()
+
+    def _bring_to_an_end(self, pid: int, state: model.State) -> None:
         self.note("agent_ended", f"the agent (process {pid}) ended", pid=pid, phase=state.phase.value)
         self._executor.sweep(state)
         self._subscribers.drop_requests()
@@ -378,10 +392,6 @@ class Target:
         self._count_oom_kills(time.monotonic_ns())
         self._executor.archive_the_end(state, self._kills.what_killed(time.monotonic_ns()))
         self._recycle.leave()
-        self._agent.forget()
-        self._reachable()
-        self._shared.send(link.encode_slot(link.AGENT, self.slot, 0))
-        self._shared.look_at(self.slot)
 
     def _count_oom_kills(self, now_ns: int) -> None:
         before = self._kills.count

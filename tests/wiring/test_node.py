@@ -46,11 +46,13 @@ class Node:
         told = self.tmp_path / uid
         told.mkdir()
         mounts = [(path, path, True) for path in ("/usr", "/lib", "/lib64", str(ROOT))]
-        mounts.append((str(told), "/told", False))
+        (told / "log").touch(0o666)  # as a kubelet makes it
+        (told / "log").chmod(0o666)
+        mounts += [(str(told), "/told", False), (str(told / "log"), "/dev/termination-log", False)]
         agent = ["/usr/bin/python3", f"{ROOT}/tests/fakes/agent.py", "/tmp/s.jsonl", burst, "--begin", "/told/begin"]
         name = f"pod-{len(self.pods)}"
         pod = CriPod(uid, name, namespace, limit_mib, argv=[*agent, *options], mounts=mounts, user=USER)
-        pod.go = (told / "begin").touch
+        pod.go, pod.termination_log = (told / "begin").touch, told / "log"
         self.pods.append(pod)
         return pod
 
@@ -102,6 +104,7 @@ def test_oomkilled_without_and_saved_with_governor(node, tmp_path):
     wait_for(lambda: not (ours.container / "cgroup.procs").exists() or not ours.container.exists())
     assert b"OOMKilled" not in ours.status()
     assert node.said("terminating", ours)["sent"]
+    assert ours.termination_log.read_text().startswith("governor: terminated: ")
     # The session was in the container's own file system, and compact ran there, as its user, with no right.
     restore(node.state / "archive", archived["name"], tmp_path / "restored")
     compacted = (tmp_path / "restored/tmp/compacted").read_text().split()
