@@ -44,8 +44,10 @@ class KnobFile:
         self.path = path
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            size_bytes = max(os.fstat(fd).st_size // SLOT_BYTES, slots) * SLOT_BYTES
-            os.ftruncate(fd, size_bytes)
+            size_bytes = os.fstat(fd).st_size
+            if size_bytes < slots * SLOT_BYTES:  # another process may have made it larger, and use that
+                size_bytes = slots * SLOT_BYTES
+                os.ftruncate(fd, size_bytes)
             self.memory = mmap.mmap(fd, size_bytes)
         finally:
             os.close(fd)

@@ -257,11 +257,12 @@ class Reflex:
         """BPF takes over from polling."""
         self._close_pins()
         try:
-            self._bpf = BpfSource(directory, self._on_ring)
-            self._bpf.beat(time.monotonic_ns())
+            opened = BpfSource(directory, self._on_ring)
+            opened.beat(time.monotonic_ns())
         except OSError as error:
             self._tell(link.Refused(str(error)).encode())
             return
+        self._bpf = opened
         self._poller.register(self._bpf.fd, lambda _: self._drain())
         self._poller.first_fd = self._bpf.fd
         for governed in self._governed.values():
