@@ -277,6 +277,7 @@ class Reflex:
             self._bpf = None
         for governed in self._governed.values():
             self._watch(governed, set())
+            governed.poll.heed_stalls(self._lacks_stalls)
             governed.poll.due_ns = 0
             self._plan(governed)
 
