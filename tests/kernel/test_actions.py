@@ -18,6 +18,8 @@ from governor.poller import Poller
 from governor.session_files import parse_pattern
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 SECOND = 1_000_000_000
 
 

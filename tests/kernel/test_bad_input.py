@@ -9,6 +9,8 @@ from conftest import Guard
 from governor import archive
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.any_kernel
+
 FAILING = """
 [compact]
 settle = "100ms"

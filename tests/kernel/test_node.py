@@ -132,6 +132,7 @@ def test_only_who_is_selected_is_saved_and_the_others_go_on(node, tmp_path):
 def test_a_container_that_goes_is_let_go_and_its_slot_is_used_again(node):
     node.daemon()
     node.await_line(None, "begun")
+    before = set(instance.run_directory().glob("memcg-*"))
     for _ in range(3):
         pod = node.pod(64)
         pod.start("sleep", "600")
@@ -139,7 +140,7 @@ def test_a_container_that_goes_is_let_go_and_its_slot_is_used_again(node):
         pod.close()
         node.await_line(pod, "memcg_gone")
     assert [line["slot"] for line in node.lines(None, "governed")] == [0, 0, 0]
-    assert not list(instance.run_directory().glob("memcg-*"))
+    wait_for(lambda: set(instance.run_directory().glob("memcg-*")) <= before, what="no file left of them")
     descriptors = len(os.listdir(f"/proc/{node.process.pid}/fd"))
     pod = node.pod(64)
     pod.start("sleep", "600")
