@@ -11,7 +11,6 @@ BURSTS = ("touch", "huge", "read", "tmpfs", "threads", "processes", "populate")
 CASES = [(burst, limit_mib) for limit_mib in (64, 256) for burst in BURSTS]
 
 
-@pytest.mark.any_kernel
 @pytest.mark.parametrize(("burst", "limit_mib"), CASES)
 def test_ungoverned_it_is_killed(container, tmp_path, burst, limit_mib):
     pod = container(limit_mib, oom_group=True)

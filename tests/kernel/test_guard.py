@@ -15,7 +15,7 @@ from tests.waiting import wait_for
 
 TIERS = ("archived", "terminating", "killed", "deliver", "shed")
 
-READ_FILE = "import sys; f = open(sys.argv[1], 'rb', 0)\nfor _ in range(2):\n f.seek(0)\n while f.read(1 << 20): pass"
+READ_FILE = "import sys; f = open(sys.argv[1], 'rb', 0)\nfor _ in range(3):\n f.seek(0)\n while f.read(1 << 20): pass"
 LOOK_UP = "import os\nfor i in range(300_000): os.path.exists(f'/var/tmp/none-{i}')"
 
 
@@ -89,7 +89,7 @@ def test_a_burst_two_levels_below_the_governed_memcg_is_saved(container, guard, 
 def test_reading_a_large_file_fires_no_tier(container, guard, tmp_path, where):
     large = tmp_path / "large"
     with large.open("wb") as file:
-        file.truncate(400 * MIB)
+        file.truncate(600 * MIB)
     pod = container(256)
     if where == "child":
         pod.write("cgroup.subtree_control", "+memory")
