@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import announce, archive, cut_turn, inside, link, model, record, resume, subtree, told
+from governor import announce, archive, cut_turn, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.agent_process import AgentProcess
 from governor.brake import FREEZE, NONE, KnobFile
@@ -256,13 +256,8 @@ class Executor:
         door = self.agent.door
 
         def tell() -> bytes:
-            if door is None:
-                return b"written" if termination_log.write(message, pid) else b""
-            inhabitant = inside.who(door)
-            inside.hide()
-            inside.enter_mounts(door)  # as its own user: what it has mounted there may be anybody's
-            inside.become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
-            return b"written" if termination_log.write(message) else b""
+            written = termination_log.write_inside(message, door) if door else termination_log.write(message, pid)
+            return b"written" if written else b""
 
         deadline_ns = time.monotonic_ns() + _TERMINATION_LOG_NS
         self.children.attempt(

@@ -139,12 +139,12 @@ def _matches(parts: list[str], globs: list[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], globs[0]) and _matches(parts[1:], globs[1:])
 
 
-def _reopen(seen: int, flags: int) -> int:
+def reopen_by_proc(seen: int, flags: int) -> int:
     """Open in earnest what was looked at."""
     return os.open(f"/proc/self/fd/{seen}", flags)
 
 
-def find(patterns: list[Pattern], exclude: tuple[str, ...] = (), reopen: Reopen = _reopen) -> Iterator[Found]:
+def find(patterns: list[Pattern], exclude: tuple[str, ...] = (), reopen: Reopen = reopen_by_proc) -> Iterator[Found]:
     """Every match once, each open; a file whose path is excluded comes as skipped.
 
     A link to a credential under another name is not known for one. `reopen` as in open_regular.
@@ -241,7 +241,7 @@ def _file(seen: set[tuple[int, int]], reopen: Reopen, directory: int, name: str,
     yield Found(path, fd)
 
 
-def open_regular(name: str, flags: int, directory: int, reopen: Reopen = _reopen) -> int:
+def open_regular(name: str, flags: int, directory: int, reopen: Reopen = reopen_by_proc) -> int:
     """Open a regular file that lies directly in an open directory; nothing else is ever opened.
 
     Looked at through O_PATH first: to open a device can be to use it (a watchdog, a tape). Raises OSError: ELOOP for

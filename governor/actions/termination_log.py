@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 
+from governor import inside
 from governor.journal import printable
-from governor.session_files import open_regular
+from governor.session_files import Reopen, open_regular, reopen_by_proc
 
 LIMIT_BYTES = 4096  # the kubelet reads no more (MaxContainerTerminationMessageLength)
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -24,13 +25,25 @@ def write(reason: str, agent_pid: int = 0) -> bool:
     return write_below(f"/proc/{agent_pid}/root" if agent_pid else "/", reason)
 
 
-def write_below(root: str, reason: str) -> bool:
+def write_inside(reason: str, door: inside.Door) -> bool:
+    """As write(), by a child that goes where the agent lives, and stays, as its user: what is mounted there may be
+    anybody's. Raises OSError.
+    """
+    own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # its /proc has no entry for us
+    inhabitant = inside.who(door)
+    inside.hide()
+    inside.enter_mounts(door)
+    inside.become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
+    return write_below("/", reason, lambda seen, flags: os.open(str(seen), flags, dir_fd=own_fds))
+
+
+def write_below(root: str, reason: str, reopen: Reopen = reopen_by_proc) -> bool:
     """As write(), for the container whose root directory is `root`."""
     fds: list[int] = []
     try:
         fds.append(os.open(root, _DIRECTORY))  # the one link followed: /proc/PID/root itself, which is the kernel's
         fds.append(os.open("dev", _DIRECTORY | os.O_NOFOLLOW, dir_fd=fds[-1]))
-        fds.append(open_regular("termination-log", os.O_WRONLY, fds[-1]))
+        fds.append(open_regular("termination-log", os.O_WRONLY, fds[-1], reopen))
         os.ftruncate(fds[-1], 0)
         os.write(fds[-1], _line(reason))
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
