@@ -64,7 +64,7 @@ class KnobFile:
         self.memory.resize(size_bytes)  # the file as well
 
     def release(self, slot: int) -> None:
-        """Forget whose knobs a slot holds: its memcg is gone. What was stopped in it goes on, wherever it is now."""
+        """Forget whose knobs a slot holds, once reflex let go of it. Who was stopped goes on, wherever it is now."""
         start = slot * SLOT_BYTES
         _let_go_on(self.memory, start)
         self.memory[start : start + _SLOT.size] = bytes(_SLOT.size)

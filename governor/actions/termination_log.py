@@ -1,8 +1,9 @@
 """The reason of a termination in `/dev/termination-log`, where Kubernetes shows it with the container's last state.
 
-The kubelet mounts such a file into every container. It is reached through `/proc/PID/root` of the agent, component by
-component, no link followed, regular files only. Call it before the agent ends: then its root is gone; and in a child
-with a deadline: a container may have mounted a file system there that never answers.
+The kubelet mounts such a file into every container. It is reached through `/proc/PID/root` of the agent, or by a
+child that has gone inside: component by component, no link followed, regular files only. Call it before the agent
+ends: then its root is gone; and in a child with a deadline: a container may have mounted a file system there that
+never answers.
 """
 
 from __future__ import annotations
