@@ -9,7 +9,7 @@ from governor.tiers import since
 SHOWN = frozenset(  # of the journal's kinds: what a person is shown where the agent is
     {"warning", "warning_over", "terminating", "told", "oom_kills", "oom_killed", "nothing_left"}
 )
-_VETO = "to forbid it: governor hold 10m"
+_VETO, _ON_NODE = "to forbid it: governor hold 10m", ", on the node"  # what is in a container forbids nothing outside
 _COMES = {
     "recycle": "the agent is restarted with its session compacted",
     "clear": "the agent's context is cleared",
@@ -17,10 +17,14 @@ _COMES = {
 }
 
 
-def of_a_warning(warning: Warn) -> str:
-    """What comes, in how long, how to forbid it, and why: last, as the end is cut off where there is little room."""
+def of_a_warning(warning: Warn, on_node: bool = False) -> str:
+    """What comes, in how long, how to forbid it, and why: last, as the end is cut off where there is little room.
+
+    `on_node`: whoever reads it in a container cannot forbid it there.
+    """
     soon = f"in {warning.in_ns / SECOND:g} s" if warning.in_ns else "now"
-    return f"warning: {_COMES.get(warning.what, warning.what)} {soon}; {_VETO}; why: {warning.reason}"
+    veto = _VETO + _ON_NODE if on_node else _VETO
+    return f"warning: {_COMES.get(warning.what, warning.what)} {soon}; {veto}; why: {warning.reason}"
 
 
 class Warnings:

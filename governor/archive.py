@@ -24,12 +24,25 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from governor.cgroup import ROOT
 from governor.journal import encode
 from governor.manifest import MANIFEST_NAME, TAR_NAME, ArchiveError, Entry, Manifest, names, read_manifest
+from governor.pods import place_of
 from governor.restore import restore, verify
 from governor.session_files import CREDENTIALS, Found, Pattern, find
 
-__all__ = ["ArchiveError", "Entry", "Manifest", "names", "prune", "read_manifest", "restore", "verify", "write"]
+__all__ = [
+    "ArchiveError",
+    "Entry",
+    "Manifest",
+    "names",
+    "prune",
+    "prune_gone",
+    "read_manifest",
+    "restore",
+    "verify",
+    "write",
+]
 
 _PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
@@ -37,6 +50,7 @@ _FILE_LIMIT_BYTES = 512 << 20
 _SKIPPED_LIMIT = 10_000  # named in a manifest
 _DEADLINE_S = 20.0  # then the archive is closed with what it has
 _ABANDONED_S = 3600.0
+_GONE_LIMIT = 1000  # archives of containers that are gone: all manifests are read for each new archive
 _FRESH_NS = 20_000_000  # of a time stamp: the kernel's own steps are up to 10 ms
 _LEVEL = 1  # of zstd: the target is frozen meanwhile
 
@@ -270,15 +284,38 @@ def prune(directory: Path, target: str, keep_count: int, keep_bytes: int) -> lis
     return [m.name for m, _ in found if m.name not in keep and _remove(directory, m.name)]
 
 
-def _own(directory: Path, name: str, target: str) -> tuple[Manifest, int] | None:
-    """The manifest and the bytes on disk of an archive that is governor's to remove, else None."""
+def prune_gone(directory: Path, keep_bytes: int, spare: str = "") -> list[str]:
+    """Remove archives of containers that are gone until no more than so many bytes of such are left; their names.
+
+    A container that is started again is another target, so prune() alone would let them grow for ever. First go the
+    oldest of the pod that has most, with what is based on them: nobody's containers push out those of other pods.
+    `spare` stays: it has just been made.
+    """
+    by_pod: dict[str, list[tuple[Manifest, int]]] = {}
+    for name in names(directory):
+        own = _own(directory, name) if name != spare else None
+        if own and (place := place_of(own[0].target.removeprefix(ROOT))) and not Path(own[0].target).exists():
+            by_pod.setdefault(place.pod_uid, []).append(own)
+    removed: list[str] = []
+    while (left := [size for found in by_pod.values() for _, size in found]) and (
+        sum(left) > keep_bytes or len(left) > _GONE_LIMIT
+    ):
+        found = max(by_pod.values(), key=lambda of: sum(size for _, size in of))
+        oldest = found[0][0].name
+        removed += [each.name for each, _ in found if oldest in (each.name, each.base)]
+        found[:] = [own for own in found if own[0].name not in removed]
+    return [name for name in removed if _remove(directory, name)]
+
+
+def _own(directory: Path, name: str, target: str = "") -> tuple[Manifest, int] | None:
+    """The manifest and the bytes on disk of an archive that is governor's to remove, else None; "": of any target."""
     path = directory / name
     try:
         parts = list(path.iterdir())
         if path.is_symlink() or {part.name for part in parts} != _PARTS:
             return None
         manifest = read_manifest(directory, name)
-        return (manifest, sum(part.lstat().st_size for part in parts)) if manifest.target == target else None
+        return (manifest, sum(part.lstat().st_size for part in parts)) if target in ("", manifest.target) else None
     except (OSError, ArchiveError):
         return None
 

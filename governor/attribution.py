@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from governor.actions.processes import Process, anonymous_bytes, leader, read_process
-from governor.cgroup import parse_flat_keyed
+from governor.cgroup import figure
 from governor.model import Growth
 from governor.subtree import memcg_pids
 
@@ -34,6 +34,7 @@ BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this o
 FLOOR_BYTES = 1 << 20  # less growth than this is noise of the kernel's counters
 TIE_RATIO = 0.9  # of the largest growth: who reaches it is as likely the cause
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_STAT_BYTES = 8192  # memory.stat has half of that
 _HIDDEN = (b"shmem", b"slab_unreclaimable", b"pagetables", b"kernel_stack", b"sock", b"percpu")
 
 Key = tuple[int, int]  # pid and start in clock ticks since boot: one process, ever
@@ -64,6 +65,18 @@ class _Seen:
     @property
     def grown_bytes(self) -> int:
         return max(0, self.history[-1][1] - self.history[0][1]) if self.history else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A living process as it was last seen; `growth_bytes` per second, 0 as long as it was seen once."""
+
+    pid: int
+    comm: str
+    held_bytes: int
+    growth_bytes: int
+    is_agent: bool
+    of_agent: bool  # descends from it
 
 
 @dataclass(slots=True)
@@ -161,6 +174,19 @@ class Attribution:
         below = (seen for seen in self._seen.values() if seen.tree and seen.tree.of_agent)
         return agent.held_bytes if agent else 0, sum(one.held_bytes for one in below if not one.process.forked_only)
 
+    def held(self) -> list[Held]:
+        """Every process that was seen, who grew most first; for who looks on."""
+        found = []
+        for pid, seen in self._seen.items():
+            begin_ns, begin_bytes = seen.history[0] if seen.history else (0, 0)
+            end_ns, end_bytes = seen.history[-1] if seen.history else (0, 0)
+            growth_bytes = (
+                (end_bytes - begin_bytes) * 1_000_000_000 // (end_ns - begin_ns) if end_ns > begin_ns else 0
+            )
+            of_agent = bool(seen.tree and seen.tree.of_agent)
+            found.append(Held(pid, seen.process.comm, end_bytes, growth_bytes, pid == self._agent_pid, of_agent))
+        return sorted(found, key=lambda one: (-one.growth_bytes, -one.held_bytes, one.pid))
+
     def _told(self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, now_ns: int) -> Growth:
         starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
         window_ns = max(0, now_ns - min(starts, default=now_ns))
@@ -185,7 +211,7 @@ class Attribution:
     def _find_agent(self, listed: set[int]) -> None:
         """Keep to the agent; where it was not given and is gone, whoever leads the memcg now."""
         if not self._given_pid and self._agent_pid not in listed:
-            self._agent_pid = getattr(leader(self._path), "pid", 0)
+            self._agent_pid = getattr(leader(self._path), "pid", 0) if listed else 0
             for seen in self._seen.values():
                 seen.tree = None
         self._lineage = set()
@@ -196,10 +222,14 @@ class Attribution:
 
     def _see_hidden(self, now_ns: int) -> None:
         try:
-            stat = parse_flat_keyed(Path(self._path, "memory.stat").read_bytes())
+            fd = os.open(f"{self._path}/memory.stat", os.O_RDONLY | os.O_CLOEXEC)  # a third of what pathlib takes
+            try:
+                stat = os.read(fd, _STAT_BYTES)
+            finally:
+                os.close(fd)
         except OSError:
             return
-        self._hidden.append((now_ns, sum(stat.get(name, 0) for name in _HIDDEN)))
+        self._hidden.append((now_ns, sum(figure(stat, name) for name in _HIDDEN)))
         _forget_old(self._hidden, now_ns)
 
     def _see(self, pid: int, now_ns: int) -> None:

@@ -51,7 +51,10 @@ class BpfSource:
             return True
 
     def charged_pages(self, cgroup_id: int) -> int:
-        """Pages charged since the memcg is tracked; it is tracked from now on. Ask before reading memory.stat."""
+        """Pages charged since the memcg is tracked; it is tracked from now on. Ask before reading memory.stat.
+
+        Raises OSError where there is no room for it.
+        """
         key = record.CGROUP_ID.pack(cgroup_id)
         for track in self._tracks:
             if track.lookup(key, record.TRACK.size) is None:
@@ -60,7 +63,10 @@ class BpfSource:
         return record.charged_pages(found) if found else 0
 
     def watch(self, seen: Seen, levels: Levels, charged_pages: int, epoch: int) -> None:
-        """Report this memcg's crossings, beginning from what memory.stat says; raises OSError."""
+        """Report this memcg's crossings, beginning from what memory.stat says; raises OSError.
+
+        There is room for MAX_WATCHED of them (charge.bpf.c).
+        """
         state = seen.state
         brake_bytes = state.max_bytes * levels.engage_ppm[LEVEL_BRAKE - 1] // PPM
         room_pages = pages(max(0, brake_bytes - state.unreclaimable_bytes))

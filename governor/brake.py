@@ -42,6 +42,7 @@ class KnobFile:
     def __init__(self, path: str, slots: int = 1) -> None:
         """Open or make the file with room for at least so many slots; raises OSError."""
         self.path = path
+        self._full_below = 0  # slots that are in use, all of them, as far as this process has freed none
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             size_bytes = os.fstat(fd).st_size
@@ -55,7 +56,8 @@ class KnobFile:
     def free_slot(self) -> int:
         """A slot that is not in use; the file grows where there is none."""
         count, memory = len(self.memory) // SLOT_BYTES, self.memory
-        slot = next((slot for slot in range(count) if not memory[slot * SLOT_BYTES + _OFF_USED]), count)
+        maybe = range(self._full_below, count)
+        slot = self._full_below = next((slot for slot in maybe if not memory[slot * SLOT_BYTES + _OFF_USED]), count)
         if (slot + 1) * SLOT_BYTES > len(self.memory):
             self._grow((slot + _SLOTS_MORE) * SLOT_BYTES)
         return slot
@@ -68,6 +70,7 @@ class KnobFile:
         start = slot * SLOT_BYTES
         _let_go_on(self.memory, start)
         self.memory[start : start + _SLOT.size] = bytes(_SLOT.size)
+        self._full_below = min(self._full_below, slot)
 
     def adopt(self, slot: int, path: str, cgroup_id: int) -> None:
         """Write down whose knobs the slot holds; nothing is turned yet. Raises ValueError for a path too long."""
@@ -115,6 +118,11 @@ class KnobFile:
     def is_turned(self) -> bool:
         """Whether restore_all() has something to undo."""
         return any(self._is_turned(slot) for slot in self.slots())
+
+    def is_slot_turned(self, slot: int) -> bool:
+        """Whether it is written down of a slot that something was turned and not undone."""
+        start = slot * SLOT_BYTES
+        return bool(self.memory[start + _OFF_FROZEN] or self.memory[start + _OFF_HIGH_SET])
 
     def _is_turned(self, slot: int) -> bool:
         if self.memory[slot * SLOT_BYTES + _OFF_FROZEN] == STOP:
@@ -326,40 +334,3 @@ class Knobs:
             if fd >= 0:
                 os.close(fd)
         self.memcg.close()
-
-
-class Loan:
-    """How long a memcg may stay frozen without a decision: LOAN_NS at once, BUDGET_NS within WINDOW_NS.
-
-    LEAST_NS is always lent: less would thaw before anything could be decided.
-    """
-
-    LEAST_NS = 200_000_000
-    LOAN_NS = 2_000_000_000
-    BUDGET_NS = 5_000_000_000
-    WINDOW_NS = 60_000_000_000
-
-    def __init__(self) -> None:
-        self._spent: list[tuple[int, int]] = []  # (from, to)
-        self._since_ns: int | None = None
-        self.deadline_ns: int | None = None
-
-    def begin(self, now_ns: int) -> None:
-        """The memcg was frozen; the deadline is set by what is left of the budget."""
-        if self._since_ns is not None:
-            return
-        self._spent = [span for span in self._spent if span[1] > now_ns - self.WINDOW_NS]
-        left_ns = self.BUDGET_NS - sum(end - max(start, now_ns - self.WINDOW_NS) for start, end in self._spent)
-        self._since_ns = now_ns
-        self.deadline_ns = now_ns + max(self.LEAST_NS, min(self.LOAN_NS, left_ns))
-
-    def prolong(self, deadline_ns: int) -> None:
-        """A decision was made that needs the memcg frozen until then at most."""
-        if self._since_ns is not None:
-            self.deadline_ns = deadline_ns
-
-    def end(self, now_ns: int) -> None:
-        """The memcg was thawed."""
-        if self._since_ns is not None:
-            self._spent.append((self._since_ns, now_ns))
-        self._since_ns = self.deadline_ns = None

@@ -20,6 +20,7 @@ from governor.pods import Place
 from governor.session_files import open_directory, open_regular
 
 SIZE_MAX_BYTES = 4 << 20  # an environment, say, is a few KiB; a whole exec is limited to a quarter of the stack
+_READ_BYTES = 64 << 10
 TEXT_MAX_CHARACTERS = 253  # Kubernetes' names are no longer (RFC 1123 subdomain)
 CHOICE = "GOVERNOR_POLICY"
 _SANDBOXES = ("sandbox", "podsandbox")
@@ -63,6 +64,7 @@ class Bundle:
     pod_uid: str = ""
     name: str = ""
     chosen_policy: str = ""
+    has_own_mounts: bool = True  # False: the runtime was told to leave it among the machine's (OCI: linux.namespaces)
 
 
 def read_bundle(place: Place, host_root: str = "/") -> Bundle | None:
@@ -84,11 +86,13 @@ def parse_bundle(data: bytes) -> Bundle:
     docker = _mapping(_mapping(config).get("Config"))
     said = _mapping(_mapping(config).get("annotations")) or _mapping(docker.get("Labels"))
     environment = _mapping(_mapping(config).get("process")).get("env") or docker.get("Env")
+    namespaces = _mapping(_mapping(config).get("linux")).get("namespaces")
+    own_mounts = not isinstance(namespaces, list) or any(_mapping(each).get("type") == "mount" for each in namespaces)
     for keys in _KEYS:
         if keys[0] in said:
             kind, namespace, pod, pod_uid, name = (_text(said.get(key)) for key in keys)
-            return Bundle(kind in _SANDBOXES, namespace, pod, pod_uid, name, _choice(environment))
-    return Bundle(chosen_policy=_choice(environment))
+            return Bundle(kind in _SANDBOXES, namespace, pod, pod_uid, name, _choice(environment), own_mounts)
+    return Bundle(chosen_policy=_choice(environment), has_own_mounts=own_mounts)
 
 
 def _choice(environment: Any) -> str:
@@ -122,6 +126,10 @@ def _read(root: str, path: str) -> bytes | None:
         return b""
     finally:
         os.close(inside)
-    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-        data = file.read(SIZE_MAX_BYTES + 1)
+    data = b""
+    try:
+        while len(data) <= SIZE_MAX_BYTES and (part := os.read(fd, _READ_BYTES)):
+            data += part
+    finally:
+        os.close(fd)
     return data if len(data) <= SIZE_MAX_BYTES else b""

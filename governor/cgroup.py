@@ -48,6 +48,13 @@ def parse_flat_keyed(data: bytes) -> dict[bytes, int]:
     return parsed
 
 
+def figure(data: bytes, key: bytes) -> int:
+    """One number of such a file; 0 where there is none. For a few of many lines: a tenth of parsing them all."""
+    begin = (b"\n" + data).find(b"\n" + key + b" ")
+    value = data[begin + len(key) + 1 :].partition(b"\n")[0] if begin >= 0 else b""
+    return int(value) if value.isdigit() else 0
+
+
 def parse_limit(data: bytes) -> int:
     """`memory.max`, `memory.high`: bytes, or UNLIMITED for "max"; raises ValueError otherwise."""
     return UNLIMITED if data.strip() == b"max" else int(data)
@@ -55,13 +62,12 @@ def parse_limit(data: bytes) -> int:
 
 def memory_state(usage: bytes, limit: bytes, stat: bytes) -> MemoryState:
     """Put the contents of `memory.current`, `memory.max` and `memory.stat` together."""
-    values = parse_flat_keyed(stat)
     return MemoryState(
         usage_bytes=int(usage),
         max_bytes=parse_limit(limit),
-        anon_bytes=values.get(b"anon", 0),
-        file_lru_bytes=values.get(b"inactive_file", 0) + values.get(b"active_file", 0),
-        slab_reclaimable_bytes=values.get(b"slab_reclaimable", 0),
+        anon_bytes=figure(stat, b"anon"),
+        file_lru_bytes=figure(stat, b"inactive_file") + figure(stat, b"active_file"),
+        slab_reclaimable_bytes=figure(stat, b"slab_reclaimable"),
     )
 
 
@@ -76,12 +82,11 @@ def memory_state_v1(usage: bytes, limit: bytes, stat: bytes) -> MemoryState:
 
     v1 counts tmpfs as file, in `total_cache`, but on the anon lists, as wanted; reclaimable slab it does not tell.
     """
-    values = parse_flat_keyed(stat)
     return MemoryState(
         usage_bytes=int(usage),
         max_bytes=parse_limit_v1(limit),
-        anon_bytes=values.get(b"total_rss", 0),
-        file_lru_bytes=values.get(b"total_inactive_file", 0) + values.get(b"total_active_file", 0),
+        anon_bytes=figure(stat, b"total_rss"),
+        file_lru_bytes=figure(stat, b"total_inactive_file") + figure(stat, b"total_active_file"),
         slab_reclaimable_bytes=0,
     )
 

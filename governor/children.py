@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
+from governor import real_time
 from governor.poller import Poller, is_ready
+from governor.turns import Turn, Turns
 
 _OUTPUT_LIMIT_BYTES = 64 << 10
 _FLOOD_BYTES = 16 << 20  # who prints more is ended: reading it all would keep the loop busy
-_DEATH_S = 0.5  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
+_DEATH_S = 0.2  # after SIGKILL; one that a file system (FUSE, NFS) holds in the kernel takes longer
 _TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
 PIPE_FD = 3  # in the child: what it prints
 
@@ -25,7 +28,7 @@ class Child:
     """A running child: `pidfd` becomes readable when it ends, `pipe_fd` when it prints.
 
     `is_delivery`: it talks to the target, so its deadline may stand still while the target is frozen. `clean_up` is
-    called once it has ended and says what there is to say of it.
+    called once it has ended, or is left behind (False), and says what there is to say of it.
     """
 
     def __init__(self, pid: int, pipe_fd: int, deadline_ns: int, what: str, is_delivery: bool = False) -> None:
@@ -35,7 +38,7 @@ class Child:
         self.deadline_ns = deadline_ns
         self.what = what
         self.is_delivery = is_delivery
-        self.clean_up: Callable[[], str] | None = None
+        self.clean_up: Callable[[bool], str] | None = None
         self.output = b""
         self.printed_bytes = 0
         self.note = ""
@@ -58,21 +61,27 @@ class Child:
     def end(self) -> int:
         """Its exit status (negative: the signal), after SIGKILL to whatever of its group is left.
 
-        One that does not die within half a second is not waited for any longer: it stays behind, as a zombie once it
-        is dead.
+        One that does not die within 50 ms is not waited for any longer, as others want their turn: it stays behind,
+        and `pidfd` stays open, for reap().
         """
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        status: int = signal.SIGKILL
-        if is_ready(self.pidfd, _DEATH_S):
-            _, status = os.waitpid(self.pid, 0)
+        status = self.reap(_DEATH_S)
         if self.clean_up:
-            self.note = self.clean_up()
+            self.note = self.clean_up(status is not None)
         while self.drain() and len(self.output) < _OUTPUT_LIMIT_BYTES:
             if not is_ready(self.pipe_fd):
                 break
         os.close(self.pipe_fd)
+        return -signal.SIGKILL if status is None else status
+
+    def reap(self, within_s: float = 0) -> int | None:
+        """Its exit status, None while it has not died; then `pidfd` is closed, and -1."""
+        if not is_ready(self.pidfd, within_s):
+            return None
+        _, status = os.waitpid(self.pid, 0)
         os.close(self.pidfd)
+        self.pidfd = -1
         return os.waitstatus_to_exitcode(status)
 
 
@@ -112,12 +121,25 @@ class Ended:
 Attempt = Callable[[Callable[[], Child], Callable[[Ended], None]], None]
 
 
-class Children:
-    """The running children of a loop, on the loop's poller."""
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What is not made yet, as others have their turn."""
 
-    def __init__(self, poller: Poller) -> None:
+    on_end: Callable[[Ended], None]
+    let_go: Callable[[], None]
+    deadline_ns: int
+    what: str
+
+
+class Children:
+    """The running children of a loop, on the loop's poller; those of several of them share their turns."""
+
+    def __init__(self, poller: Poller, turns: Turns | None = None) -> None:
         self._poller = poller
+        self._turns = turns or Turns()
         self._running: dict[int, tuple[Child, Callable[[Ended], None]]] = {}  # by both descriptors
+        self._waiting: dict[Turn, _Waiting] = {}
+        self._begun: set[Turn] = set()
 
     def start(self, child: Child, on_end: Callable[[Ended], None]) -> None:
         """Look after a child; `on_end` is called once, by the poller or from check_deadlines."""
@@ -134,6 +156,45 @@ class Children:
         else:
             self.start(child, on_end)
 
+    def attempt_in_turn(
+        self,
+        make: Callable[[], Child],
+        on_end: Callable[[Ended], None],
+        deadline_ns: int,
+        what: str,
+        let_go: Callable[[], None],
+    ) -> None:
+        """As attempt(), once `Turns` lets it: what waits beyond its deadline has failed without a child.
+
+        `let_go` is called once, when `make` has been or will never be.
+        """
+
+        def ended(how: Ended) -> None:
+            try:
+                on_end(how)
+            finally:
+                self._begun.discard(turn)
+                self._turns.end(turn, time.monotonic_ns())
+
+        def begin() -> None:
+            self._waiting.pop(turn)
+            self._begun.add(turn)
+            try:
+                self.attempt(make, ended)
+            finally:
+                let_go()
+
+        turn = Turn(begin)
+        self._waiting[turn] = _Waiting(on_end, let_go, deadline_ns, what)
+        self._turns.ask(turn, time.monotonic_ns())
+
+    def _give_up(self, turn: Turn) -> _Waiting:
+        """It does not wait any more, and will not begin."""
+        waiting = self._waiting.pop(turn)
+        self._turns.end(turn, time.monotonic_ns())
+        waiting.let_go()
+        return waiting
+
     def _on_ready(self, fd: int) -> None:
         child, _ = self._running.get(fd, (None, None))
         if child and fd == child.pidfd:
@@ -146,12 +207,12 @@ class Children:
 
     @property
     def are_none(self) -> bool:
-        """Whether none runs."""
-        return not self._running
+        """Whether none runs, and none is to."""
+        return not self._running and not self._waiting
 
     def has_work(self) -> bool:
         """Whether one is at something other than a delivery: an archive, say."""
-        return any(not child.is_delivery for child, _ in self._running.values())
+        return bool(self._waiting) or any(not child.is_delivery for child, _ in self._running.values())
 
     def prolong(self, by_ns: int) -> None:
         """Put off the deadlines of deliveries: say each time how long the target was frozen since the last."""
@@ -159,25 +220,44 @@ class Children:
             child.deadline_ns += by_ns
 
     def check_deadlines(self, now_ns: int) -> None:
-        """End the children that are over theirs."""
+        """End the children that are over theirs, and give up what has waited until then for its turn."""
         for child in {child for child, _ in self._running.values() if now_ns >= child.deadline_ns}:
             self._end(child, over_deadline=True)
+        late = [turn for turn, one in self._waiting.items() if now_ns >= one.deadline_ns]
+        for turn in filter(self._waiting.__contains__, late):  # as one is given up, another may begin
+            text = "others that were before it took all the time it had"
+            self._give_up(turn).on_end(Ended(1, b"", False, note=text))
 
     def abandon(self) -> list[str]:
         """End all without a word to anybody; what they were for."""
+        given_up = [self._give_up(turn).what for turn in list(self._waiting)]
         children = {child for child, _ in self._running.values()}
         for child in children:
             self._forget(child.pidfd)
             self._forget(child.pipe_fd)
-            child.end()
-        return [child.what for child in children]
+            self._end_now(child)
+        for turn in self._begun:
+            self._turns.end(turn, time.monotonic_ns())
+        self._begun.clear()
+        return given_up + [child.what for child in children]
 
     def _end(self, child: Child, over_deadline: bool) -> None:
         _, on_end = self._running[child.pidfd]
         for fd in (child.pidfd, child.pipe_fd):
             self._forget(fd)
-        status = child.end()
+        status = self._end_now(child)
         on_end(Ended(status, child.output, over_deadline, child.floods, child.note))
+
+    def _end_now(self, child: Child) -> int:
+        def reap(fd: int) -> None:
+            if is_ready(fd):  # as in _on_ready
+                self._poller.unregister(fd)
+                child.reap()
+
+        status = child.end()
+        if child.pidfd >= 0:  # whenever it dies, and whatever has become of who made it
+            self._poller.register(child.pidfd, reap)
+        return status
 
     def _forget(self, fd: int) -> None:
         if self._running.pop(fd, None):
@@ -234,6 +314,7 @@ def spawn(
         os.dup2(null, 0)
         for number in (1, 2):
             os.dup2(PIPE_FD, number)
+        real_time.become_ordinary()
         os.execvpe(argv[0], argv, {**os.environ, **environment})
 
     return fork(work, deadline_ns, what, is_delivery=True)

@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
+from governor import instance, pins
 from governor.journal import printable
 from governor.policy_keys import Key
 from governor.toml_file import FileError
@@ -57,3 +58,27 @@ def fail(text: str, status: int = 1) -> NoReturn:
     """Say what is wrong, escaped as in `out`, and exit."""
     typer.echo(printable(f"governor: {text}"), err=True)
     raise typer.Exit(status)
+
+
+def lock(name: str) -> None:
+    """Raises instance.Busy where a process has it."""
+    try:
+        instance.lock(name)
+    except OSError as error:
+        fail(f"{reason(error)}: expected a directory to write to; run it as root, or set XDG_RUNTIME_DIR to one")
+
+
+def lock_instance(name: str) -> None:
+    """A ring has one reader: an instance that runs is nobody else's to use, load or unload."""
+    try:
+        lock(name)
+    except instance.Busy as busy:
+        fail(f"instance {name!r} is in use by process {busy.pid}; choose another with --instance, or stop it first")
+
+
+def checked_instance(name: str) -> str:
+    """A name that an instance may have."""
+    try:
+        return pins.check_instance(name)
+    except ValueError as error:
+        fail(str(error), 2)

@@ -9,22 +9,18 @@ from __future__ import annotations
 import types
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import orjson
+
 _LARGEST = 1 << 62  # what is larger was not written by us, and JSON could not hold what comes of it
+_hints = cache(get_type_hints)  # a tenth of a millisecond each time
 
 
 def plain(value: Any) -> Any:
     """What JSON can hold; raises nothing for the values of `model` and `policy`."""
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if hasattr(value, "_asdict"):
-        return {name: plain(item) for name, item in value._asdict().items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value
+    return orjson.loads(orjson.dumps(value, default=lambda named: named._asdict()))  # a tenth of walking it here
 
 
 def restored(kind: Any, value: Any) -> Any:
@@ -57,7 +53,7 @@ def restored(kind: Any, value: Any) -> Any:
 
 
 def _object(kind: Any, value: Any) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set(kind._fields)
     if not isinstance(value, dict) or not set(value) <= names:
         raise ValueError(f"found {value!r}, expected an object with {', '.join(sorted(names))}")

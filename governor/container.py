@@ -23,3 +23,4 @@ class Container:
     chosen_policy: str = ""  # GOVERNOR_POLICY of its environment: a wish, no more
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
+    has_own_mounts: bool = True  # whoever is in its memcg among the machine's is its runtime, not yet the container

@@ -8,12 +8,12 @@ each pod is asked for once.
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -47,7 +47,15 @@ class Answer:
 
 def sockets(host_root: str = "/") -> list[str]:
     """The runtimes' sockets that are mounted."""
-    return [str(path) for socket in _SOCKETS if (path := Path(host_root, socket)).is_socket()]
+    paths = [f"{host_root.rstrip('/')}/{socket}" for socket in _SOCKETS]
+    return [path for path in paths if _is_socket(path)]
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116  for each pod that is new
+    except OSError:
+        return False
 
 
 class Question:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Collection, Sequence
 from governor import ladder, model, state_file
 from governor.agent_process import AgentProcess
 from governor.announce import Warnings
-from governor.codec import plain
 from governor.journal import Journal, Note
 from governor.policy import SECOND, Policy
+from governor.subtree import read_stat
 from governor.tiers import since
 
 _JOURNALED_NS, _JOURNALED_RATIO = 60 * SECOND, 0.01  # samples that change nothing are journaled so seldom
+_CACHE_NS, _CACHE_RATIO = 10 * SECOND, 0.05  # or when that much more or less of max is used, but never sooner
 
 # The event, the state before and after it, what was decided, and when
 OnStep = Callable[[model.Event, model.State, model.State, Sequence[model.Instruction], int], None]
@@ -35,7 +36,8 @@ class Decisions:
         self._journal, self._note = journal, note
         self._path = state_file.path_for(target)
         self._journaled_ns: int | None = None
-        self._journaled_ratio = 0.0
+        self._journaled_ratio = self._journaled_usage_ratio = 0.0
+        self._left_out: tuple[model.Sampled, int] | None = None  # the last sample that was not journaled, and when
         self._save_failed = False
         self._warnings = Warnings()
         self._remembers = False  # before, nothing may be saved over what an earlier governor knew
@@ -46,7 +48,7 @@ class Decisions:
         if warning:
             self._note("state_aside", warning)
         if saved:
-            same_agent = saved.agent == self._agent.identity
+            same_agent = saved.agent == self._agent.identity or (not self._agent.pid and _is_there(*saved.agent))
             self.state = ladder.resumed(saved.state, same_agent, boottime_ns())
         self._remembers = True
 
@@ -62,20 +64,18 @@ class Decisions:
         """Ask the ladder; journal and save what it says, and have it carried out."""
         before, at_ns = self.state, boottime_ns()
         self.state, instructions = ladder.step(before, event, at_ns, self.policy)
-        if self.state != before or instructions or self._worth_a_line(event, at_ns):
-            self._journal.write(
-                "step",
-                event=type(event).__name__,
-                of=plain(event),
-                now_ns=at_ns,
-                phase=self.state.phase.value,
-                rule=ladder.rule(before.phase, event, self.state.phase, instructions),
-                instructions=[{type(each).__name__: plain(each)} for each in instructions],
-            )
-        if self.state != before:
+        worth, has_changed = self._worth_a_line(event, at_ns), self.state != before
+        if has_changed or instructions or worth:
+            self._write_where_it_rose_from(event, before)
+            self._write(event, at_ns, before, self.state, instructions)
+        elif isinstance(event, model.Sampled):
+            self._left_out = event, at_ns
+        if has_changed:
             self._save()
         self.on_step(event, before, self.state, instructions, at_ns)
-        ended = self._warnings.over(before, self.state, instructions, at_ns)  # what is carried out may feed more
+        ended: list[str] = []
+        if has_changed or instructions:
+            ended = self._warnings.over(before, self.state, instructions, at_ns)  # what is carried out may feed more
         for instruction in instructions:
             try:
                 self.carry_out(instruction, self.state)
@@ -84,14 +84,44 @@ class Decisions:
         for text in ended if not self.policy.dry_run else ():
             self._note("warning_over", text)
 
+    def _write(
+        self,
+        event: model.Event,
+        at_ns: int,
+        before: model.State,
+        after: model.State,
+        instructions: Sequence[model.Instruction] = (),
+    ) -> None:
+        self._journal.write(
+            "step",
+            event=type(event).__name__,
+            of=event,
+            now_ns=at_ns,
+            phase=after.phase.value,
+            rule=ladder.rule(before.phase, event, after.phase, tuple(instructions)),
+            instructions=[{type(each).__name__: each} for each in instructions],
+        )
+
+    def _write_where_it_rose_from(self, event: model.Event, before: model.State) -> None:
+        """The sample before a jump: without it a burst would seem to begin a minute early, at the last line."""
+        left_out, self._left_out = self._left_out, None
+        if left_out is None or not isinstance(event, model.Sampled | model.Braked) or event.state is None:
+            return
+        sample, at_ns = left_out
+        now_ratio = event.state.unreclaimable_ratio
+        if sample.state and now_ratio - sample.state.unreclaimable_ratio >= _JOURNALED_RATIO:
+            self._write(sample, at_ns, before, before)
+
     def _worth_a_line(self, event: model.Event, at_ns: int) -> bool:
         if not isinstance(event, model.Sampled) or event.state is None:
             return not isinstance(event, model.Sampled)
-        ratio = event.state.unreclaimable_ratio
+        ratio, usage_ratio = event.state.unreclaimable_ratio, event.state.usage_bytes / max(1, event.state.max_bytes)
         moved = abs(ratio - self._journaled_ratio) >= _JOURNALED_RATIO
-        if not moved and since(self._journaled_ns, at_ns) < _JOURNALED_NS:
+        cache_moved = abs(usage_ratio - self._journaled_usage_ratio) >= _CACHE_RATIO
+        age_ns = since(self._journaled_ns, at_ns)
+        if not moved and age_ns < (_CACHE_NS if cache_moved else _JOURNALED_NS):
             return False
-        self._journaled_ns, self._journaled_ratio = at_ns, ratio
+        self._journaled_ns, self._journaled_ratio, self._journaled_usage_ratio = at_ns, ratio, usage_ratio
         return True
 
     def _save(self) -> None:
@@ -102,6 +132,12 @@ class Decisions:
             if not self._save_failed:
                 self._note("state_not_saved", f"the state cannot be saved: {error}; going on without it")
             self._save_failed = True
+
+
+def _is_there(pid: int, start_ticks: int) -> bool:
+    """Whether that process still runs: an agent that is yet to be found is most likely the same as before."""
+    stat = read_stat(pid)
+    return stat is not None and stat.start_ticks == start_ticks and not stat.ended
 
 
 def boottime_ns() -> int:

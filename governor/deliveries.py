@@ -14,6 +14,7 @@ from governor.actions.commands import Commands, signal_agent
 from governor.agent_process import AgentProcess
 from governor.brake import KnobFile
 from governor.children import Child, Children, Ended
+from governor.inside_guard import InsideGuard
 from governor.journal import Note, printable
 from governor.limits import Limits
 from governor.model import Status, Tier
@@ -39,13 +40,15 @@ class Deliveries:
     limits: Limits
     profile: Profile | None  # of the agent, and its terminal: what is typed there where nobody subscribed
     channel: str
+    inside: InsideGuard | None = None  # in the agent's container
+    on_delivered: Callable[[Tier, Status, str], None] = lambda *_: None  # as delivered() was called
     _telling: Telling | None = None
 
     @property
     def can(self) -> frozenset[Tier]:
         """What the agent can be asked for by a subscriber, or by what its profile says to type."""
         typed = frozenset(tier for tier in Tier if self._types(tier)) if self.agent.pid else frozenset()
-        return self.subscribers.can | typed
+        return self.subscribers.can | typed | (self.inside.can if self.inside else frozenset())
 
     def deliver(self, tier: Tier, reason: str, wanted: Delivery) -> None:
         """Begin it by the way that the policy wants."""
@@ -57,7 +60,8 @@ class Deliveries:
         now_ns = time.monotonic_ns()
         deadline_ns = now_ns + wanted.deadline_ns
         if not wanted.exec:
-            if not self.subscribers.ask(tier, reason, deadline_ns, now_ns):
+            is_inside = self.inside is not None and self.inside.ask(tier, reason, deadline_ns, now_ns)
+            if not is_inside and not self.subscribers.ask(tier, reason, deadline_ns, now_ns):
                 self._type(tier, deadline_ns)
             return
         environment = {
@@ -67,10 +71,11 @@ class Deliveries:
         }
 
         def run() -> Child:
-            if self.agent.lives_elsewhere and not self.agent.door:
+            door = self.agent.way_in()
+            if self.agent.lives_elsewhere and not door:
                 raise OSError("there is no way to where the agent lives")
             what = f"{tier.value}: {reason}"
-            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what, self.agent.door)
+            child, why_not = self.commands.run(wanted.exec, environment, deadline_ns, what, door)
             if why_not:
                 self.note("no_own_memcg", f"{tier.value} runs without a memcg of its own: {why_not}")
             return child
@@ -88,17 +93,22 @@ class Deliveries:
         text = f"{tier.value} was {status.value}" + (f": {why}" if status is not Status.DELIVERED and why else "")
         self.note("delivered" if status is Status.DELIVERED else f"{tier.value}_{status.value}", text, output=why)
         self.feed(model.Answered(tier, status, self.limits.memory_state(time.monotonic_ns())))
+        self.on_delivered(tier, status, why)
 
     def _how(self, tier: Tier, wanted: Delivery) -> tuple[str, ...]:
         """The command's words, the signal's name, or who does it."""
         if wanted.exec or wanted.signal:
             return wanted.exec or (wanted.signal,)
+        if self.inside and tier in self.inside.can:
+            return ("governor run",)
         if tier in self.subscribers.can:
             return ("subscriber",)
         return ("typed", self.channel) if self._types(tier) else ("nobody",)
 
     def tell(self, text: str) -> None:
         """Say something to the agent in its own terminal, where its profile says that it takes words."""
+        if self.inside and self.inside.tell("tell", text=text):
+            return
         if not (self.profile and self.profile.type.tell and self.channel and self.agent.pid):
             return
         if self._telling is None:

@@ -103,6 +103,7 @@ class Discovery:
         self._ids: dict[str, int] = {}  # of the containers' directories
         self._watches: dict[str, int] = {}
         self._paths: dict[int, str] = {}
+        self._inside: dict[str, dict[str, None]] = {}  # of each directory those inside that are watched or containers
         self._events: list[Appeared | Gone] = []
         self._inotify: Inotify | None = None
         self._no_inotify = ""
@@ -174,6 +175,7 @@ class Discovery:
         if path in self._ids:
             self._events.append(Gone(path))
         self._ids[path] = found
+        self._inside.setdefault(_above(path), {})[path] = None
         self._events.append(Appeared(path, place))
 
     def _take_level(self, path: str) -> None:
@@ -208,6 +210,7 @@ class Discovery:
             self._forget(path, before)
         self._watches[path] = watch
         self._paths[watch] = path
+        self._inside.setdefault(_above(path), {})[path] = None
 
     def _forget(self, path: str, watch: int) -> None:
         del self._watches[path]
@@ -220,14 +223,13 @@ class Discovery:
         """A directory that is gone, with all that was below it."""
         if self._ids.pop(path, None) is not None:
             self._events.append(Gone(path))
-        elif path in self._watches:
-            inside = f"{path}/"
-            for level, watch in list(self._watches.items()):
-                if level == path or level.startswith(inside):
-                    self._forget(level, watch)
-            for container in [known for known in self._ids if known.startswith(inside)]:
-                del self._ids[container]
-                self._events.append(Gone(container))
+        for inner in self._inside.pop(
+            path, {}
+        ):  # also where the kernel has dropped the watch: it may have been listed
+            self._drop(inner)
+        if path in self._watches:
+            self._forget(path, self._watches[path])
+        self._inside.get(_above(path), {}).pop(path, None)
 
     def _rescan(self) -> None:
         """Compare with what is there: lost records, new kubelets, directories replaced."""
@@ -252,7 +254,7 @@ class Discovery:
             looked += 1
             for name in _directories(directory):
                 inner = f"{directory.rstrip('/')}/{name}"
-                if is_root(name):
+                if is_root(name) and _is_made_here(inner):
                     found.append(inner)
                 elif depth < SEARCH_DEPTH and not _is_leaf(inner):
                     to_look.append((inner, depth + 1))
@@ -260,6 +262,18 @@ class Discovery:
             if above.startswith(f"{self._root.rstrip('/')}/"):
                 self._watch(above)
         return found
+
+
+def _is_made_here(path: str) -> bool:
+    """Whether root made it, or we did: whoever has a cgroup of his own may call one there as he likes."""
+    try:
+        return os.lstat(path).st_uid in (0, os.geteuid())
+    except OSError:
+        return False
+
+
+def _above(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
 
 
 def _id_of(path: str) -> int | None:
@@ -277,6 +291,8 @@ def _is_leaf(path: str) -> bool:
 
 
 def _directories(path: str) -> list[str]:
+    if _is_leaf(path):
+        return []  # without a look at its 70 files
     try:
         with os.scandir(path) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -10,29 +10,24 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-import orjson
-
-from governor import announce, archive, cut_turn, link, model, record, resume, subtree, told
+from governor import announce, cut_turn, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
 from governor.agent_process import AgentProcess
+from governor.archiving import Archiving
 from governor.brake import FREEZE, NONE, KnobFile
 from governor.cgroup import MemoryState
 from governor.children import Children, Ended, fork
 from governor.codec import plain
 from governor.deliveries import Deliveries
-from governor.inside_read import find_inside
 from governor.journal import Note, say
 from governor.limits import Limits
-from governor.manifest import ArchiveError, read_manifest
 from governor.model import Status, Tier
 from governor.policy import SECOND, Efficacy, Policy, levels
 from governor.profile import Profile
 from governor.recycle import Recycle
-from governor.session_files import CREDENTIALS
 
-_TERMINATION_LOG_NS = 2 * SECOND
+_TERMINATION_LOG_NS = 5 * SECOND
 
 
 @dataclass(slots=True)
@@ -41,7 +36,6 @@ class Executor:
 
     cgroup: str
     slot: int
-    archive_directory: Path
     policy: Policy
     agent: AgentProcess
     knob_file: KnobFile
@@ -52,14 +46,13 @@ class Executor:
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
     deliveries: Deliveries
+    archiving: Archiving
     recycle: Recycle
     profile: Profile | None  # of the agent
     resume_path: str
     program: str  # the agent's, as governor run was given it
-    fallbacks: list[Path]  # for archives, where the directory is full or read-only
     brake: int = NONE  # what reflex can do to it, and with it who may be killed
     _raised: link.Thaw | None = None  # the levels that reflex was last given beside the usual ones
-    _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def carry_out(self, instruction: model.Instruction, state: model.State) -> None:
         """Begin it; what takes time reports later. In a dry run only say what would be done."""
@@ -82,6 +75,9 @@ class Executor:
                 self.send(link.encode_slot(link.BRAKE, self.slot))
             case model.Prolong(for_ns=for_ns):
                 self.send(link.encode_slot(link.PROLONG, self.slot, time.monotonic_ns() + for_ns))
+            case model.Squeeze(high_bytes=high_bytes):
+                say(f"throttled above {high_bytes >> 20} MiB: it grows although it is frozen")
+                self._squeeze(high_bytes)
             case model.Thaw():
                 self._thaw(instruction)
             case model.UsualLevels():
@@ -94,7 +90,9 @@ class Executor:
                 self.note("killed", f"SIGKILL: {reason}")
                 self._kill_all()
             case model.Warn(what=what, in_ns=in_ns):
-                self.note("warning", announce.of_a_warning(instruction), what=what, in_ns=in_ns)
+                inside = self.deliveries.inside
+                on_node = inside is not None and what not in {tier.value for tier in inside.can}
+                self.note("warning", announce.of_a_warning(instruction, on_node), what=what, in_ns=in_ns)
             case model.Settled(tier=tier, freed_bytes=freed_bytes, useless=useless):
                 verdict = "no use" if useless else "of use"
                 self.note("settled", f"{tier.value} freed {freed_bytes / (1 << 20):.1f} MiB: {verdict}")
@@ -140,12 +138,18 @@ class Executor:
             return
         say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
-        if thaw.last_word and high_bytes > 0 and (knobs := self.knob_file.knobs(self.slot)):
-            knobs.squeeze(self.limits.own_high_bytes(high_bytes))  # here: it may take long, and reflex has no time
-            knobs.close()
+        if thaw.last_word and high_bytes > 0 and self._squeeze(high_bytes):
             high_bytes = 0
         self._raised = link.Thaw(self.slot, thaw.brake_ppm, high_bytes, False, thaw.last_word)
         self.send(self._raised.encode())
+
+    def _squeeze(self, high_bytes: int) -> bool:
+        """memory.high under the usage; here: it may take long, and reflex has no time."""
+        if (knobs := self.knob_file.knobs(self.slot)) is None:
+            return False
+        knobs.squeeze(self.limits.own_high_bytes(high_bytes))
+        knobs.close()
+        return True
 
     # Tier 3
 
@@ -158,71 +162,11 @@ class Executor:
     def _archive(
         self, reason: str, state: model.State, is_last: bool = False, then: Callable[[bool], None] | None = None
     ) -> None:
-        """In full, or what has changed since the full one of this agent; `is_last`: no further one is based on it.
+        """`then` is told whether it went well, instead of the ladder."""
+        self.archiving.begin(self.policy.archive, reason, state, then or self._archived, is_last)
 
-        `then` is told whether it went well, instead of the ladder.
-        """
-        policy, agent = self.policy.archive, self.agent
-        patterns = agent.patterns(policy.globs)
-        facts = {"agent_pid": agent.pid, "ladder": plain(state)}
-        place, base = self._full
-        exclude = (*CREDENTIALS, *policy.exclude)
-        door = agent.door
-        if agent.lives_elsewhere and not door:
-            self._archived(Ended(1, b"there is no way to where the agent's files are", False), is_last, then)
-            return
-
-        def work() -> bytes:
-            since = None
-            if base:
-                with suppress(ArchiveError):  # gone or damaged: then in full
-                    since = read_manifest(place, base)
-            made = archive.write(
-                self.archive_directory,
-                patterns,
-                reason,
-                self.cgroup,
-                facts,
-                policy.limit_bytes,
-                exclude=exclude,
-                since=since,
-                fallbacks=self.fallbacks,
-                matches=(lambda: find_inside(door, policy.globs, exclude)) if door else None,
-            )
-            fallback = made.facts.get("fallback", {})
-            directory = Path(fallback.get("directory", self.archive_directory))
-            pruned = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
-            summary = {"name": made.name, "directory": str(directory), "base": made.base, "pruned": len(pruned)}
-            summary |= {"files": len(made.files), "skipped": len(made.skipped), "new": made != since}
-            return orjson.dumps(summary | fallback)
-
-        deadline_ns = time.monotonic_ns() + policy.deadline_ns
-        self.children.attempt(
-            lambda: fork(work, deadline_ns, f"archive: {reason}", keep=door.fds if door else ()),
-            lambda ended: self._archived(ended, is_last, then),
-        )
-
-    def _archived(self, ended: Ended, is_last: bool, then: Callable[[bool], None] | None) -> None:
-        if ended.ok:
-            made = orjson.loads(ended.output)
-            what = "changed session files" if made["base"] else "session files"
-            refused = "; ".join(f"{place}: {why}" for place, why in made.get("refused", {}).items())
-            where = f" in {made['directory']} ({refused})" if refused else ""
-            text = f"archived {made['files']} {what} as {made['name']}{where}"
-            self.note(
-                "archived", text if made["new"] else f"nothing has changed since archive {made['name']}", **made
-            )
-            if not made["files"] and not made["base"]:
-                say(f"no session file was found for {self.policy.archive.globs}: name them with --archive")
-            if made["new"] and not made["base"] and not is_last:
-                self._full = Path(made["directory"]), made["name"]
-        else:
-            self._full = self._full[0], ""
-            self.note("archive_failed", f"archive failed: {ended.why}", status=ended.status)
-        if then:
-            then(ended.ok)
-        else:
-            self.feed(model.Archived(ended.ok, self.look()))
+    def _archived(self, is_well: bool) -> None:
+        self.feed(model.Archived(is_well, self.look()))
 
     def _shed(self, shed: model.Shed, state: model.State) -> None:
         self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
@@ -240,22 +184,30 @@ class Executor:
         if killed:
             growth, max_bytes = (state.held.growth, state.held.state.max_bytes) if state.held else (None, 0)
             text = told.of_a_shed([process.comm for process in killed], growth, max_bytes)
-            self.note("told", text)
-            with suppress(OSError):  # no run-time directory: the journal has it, and whoever subscribed
-                told.write(self.limits.cgroup_id, text)
+            self.note_told(text)
             if self.policy.shed.tell:
                 self.deliveries.tell(text)
 
+    def note_told(self, text: str, **fields: object) -> None:
+        """What the agent should know, for its next tool and whoever else asks."""
+        self.note("told", text, **fields)
+        with suppress(OSError):  # no run-time directory: the journal has it, and whoever subscribed
+            told.write(self.limits.cgroup_id, text)
+
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
-        for process in processes.kill_bursting(self._within_reach(), self.agent.pid, max_bytes):
+        spared = self._spared()
+        within_reach = [process for process in self._within_reach() if process.pid not in spared]
+        for process in processes.kill_bursting(within_reach, self.agent.pid, max_bytes):
             held_mib = process.rss_bytes >> 20
             self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
         pid, message = self.agent.pid, f"governor: terminated: {reason}"
 
-        door = self.agent.door
+        door, lives_elsewhere = self.agent.way_in(), self.agent.lives_elsewhere
 
         def tell() -> bytes:
+            if lives_elsewhere and not door:  # nor is ours its termination log
+                return b""
             written = termination_log.write_inside(message, door) if door else termination_log.write(message, pid)
             return b"written" if written else b""
 
@@ -264,13 +216,19 @@ class Executor:
             lambda: fork(tell, deadline_ns, "the termination log", keep=door.fds if door else ()),
             self._termination_log_ended,
         )
-        self._resume(resume.TERMINATED, reason)  # while it lives: at its end it may forget its session
+        self.order_resume(reason)
         sent = self.agent.ask_to_end()
         if not sent and self.resume_path:
             resume.withdraw(self.resume_path)
         whom = f"SIGTERM to the agent (process {pid})" if sent else "the agent is not known"
         self.note("terminating", f"{whom}: {reason}", sent=sent)
         self.feed(model.Signalled(self.look()))
+
+    def order_resume(self, reason: str) -> None:
+        """The agent is about to be terminated: while it lives, as at its end it may forget its session."""
+        self._resume(resume.TERMINATED, reason)
+        if self.deliveries.inside:
+            self.deliveries.inside.tell("ending", reason=reason)
 
     def _resume(self, how: str, why: str) -> None:
         """Have the agent's session taken up again after its end, if somebody does that and it is known how."""
@@ -296,9 +254,16 @@ class Executor:
             return processes.processes(self.cgroup)
         return [processes.process_of(stat) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid())]
 
+    def _spared(self) -> list[int]:
+        """A `governor run` in there whose guard stands back: it brings the session back."""
+        return self.deliveries.inside.family(self.agent.pid) if self.deliveries.inside else []
+
     def _kill_all(self) -> None:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
-        if self.brake == FREEZE:
+        spared = self._spared()
+        if self.brake == FREEZE and spared:
+            processes.kill_all_but(self.cgroup, spared)
+        elif self.brake == FREEZE:
             processes.kill_memcg(self.cgroup, self.limits.own.directory_fd)
         else:
             own = (*self.remembered(), self.agent.identity)
@@ -310,7 +275,7 @@ class Executor:
 
     def sweep(self, state: model.State) -> None:
         """What a terminated agent leaves behind has no further grace."""
-        if state.phase is model.Phase.TERMINATING and self.policy.terminate.sweep:
+        if state.phase is model.Phase.TERMINATING and self.policy.terminate.sweep and not self.policy.dry_run:
             self._kill_all()
 
     def _sweep_by_name(self) -> None:
@@ -329,7 +294,9 @@ class Executor:
             self._archive("after the agent's end", state, is_last=True)
         elif killed_by:
             self.note("oom_killed", f"the agent (process {self.agent.pid}) was killed: {killed_by}")
+            if self.policy.dry_run:
+                return
             self._sweep_by_name()
             self._archive(f"after the fact: {killed_by}", state, is_last=True)
             self._resume(resume.OOM_KILLED, killed_by)
-        self._full = self._full[0], ""
+        self.archiving.forget()

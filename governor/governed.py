@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 
 from governor import record
-from governor.brake import Knobs, Loan
+from governor.brake import Knobs
 from governor.limits import Limits
+from governor.loan import Loan
 from governor.poll_source import PollSource
 from governor.poller import Poller
 from governor.record import Levels, Record
+
+VERIFY_GAP_NS = 20_000_000
 
 
 class Governed:
@@ -36,10 +39,21 @@ class Governed:
         self.verified_ns = 0
         self.wants_verify = False
         self.watched: set[int] = set()  # cgroup ids that BPF watches for it: its own, ancestors with a limit
+        self.crowded_out = False  # BPF has no room to watch all of them: it is polled
         self.suspect: tuple[Record, int] | None = None  # what froze it and when, until confirmed
         self.last_word = False
         self.told = (0, 0)  # source and brake, as governor knows them
         self.set_levels(levels)
+
+    @property
+    def due_ns(self) -> int:
+        """When it is to be looked after next."""
+        times = [self.poll.due_ns]
+        if self.loan.deadline_ns is not None:
+            times.append(self.loan.deadline_ns)
+        if self.wants_verify:
+            times.append(self.verified_ns + VERIFY_GAP_NS)
+        return min(times)
 
     def close(self) -> None:
         """Close everything; no knob is turned."""

@@ -33,12 +33,14 @@ class Guard:
     channel: str = ""  # the agent's terminal, as delivery.open_terminal has it
     recycled: str | None = None  # the agent came back by a recycle: "" compacted, else why not
     is_container: bool = False  # and not this one: its paths are not ours
+    has_own_mounts: bool = False  # as Container has it
     ready_fd: int = -1  # who waits for protection to begin, as background.ready() tells it; -1: nobody
 
 
 def read_profile(guard: Guard) -> Profile | None:
-    """The profile that a guard names; raises ProfileError or OSError."""
-    return profile_file.load(guard.profile).profile if guard.profile else None
+    """The profile that a guard names, or else its policy; raises FileError or OSError."""
+    name = guard.profile or policy_file.load(guard.policy).policy.profile
+    return profile_file.load(name).profile if name else None
 
 
 def read_policy(guard: Guard, profile: Profile | None) -> Policy:
@@ -50,21 +52,24 @@ def read_policy(guard: Guard, profile: Profile | None) -> Policy:
     if guard.compact_argv:
         wanted = replace(wanted, compact=replace(wanted.compact, exec=tuple(guard.compact_argv), signal=""))
     if profile:
-        globs = tuple(dict.fromkeys((*wanted.archive.globs, *profile.session.globs)))
-        wanted = replace(
-            wanted,
-            compact=_known(wanted.compact, profile, Tier.COMPACT, profile.efficacy.compact),
-            recycle=replace(
-                wanted.recycle, peak_bytes=wanted.recycle.peak_bytes or profile.session.resume_peak_bytes
-            ),
-            clear=_known(wanted.clear, profile, Tier.CLEAR, profile.efficacy.clear),
-            archive=replace(wanted.archive, globs=globs),
-        )
+        wanted = with_profile(wanted, profile)
     if guard.archive_globs:
         wanted = replace(wanted, archive=replace(wanted.archive, globs=tuple(guard.archive_globs)))
     if guard.source:
         wanted = replace(wanted, signals=replace(wanted.signals, source=Source(guard.source)))
     return wanted
+
+
+def with_profile(wanted: Policy, profile: Profile) -> Policy:
+    """A policy with what the profile knows where it leaves that open."""
+    globs = tuple(dict.fromkeys((*wanted.archive.globs, *profile.session.globs)))
+    return replace(
+        wanted,
+        compact=_known(wanted.compact, profile, Tier.COMPACT, profile.efficacy.compact),
+        recycle=replace(wanted.recycle, peak_bytes=wanted.recycle.peak_bytes or profile.session.resume_peak_bytes),
+        clear=_known(wanted.clear, profile, Tier.CLEAR, profile.efficacy.clear),
+        archive=replace(wanted.archive, globs=globs),
+    )
 
 
 def _known(delivery: Delivery, profile: Profile, tier: Tier, prior: Efficacy) -> Delivery:

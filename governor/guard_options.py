@@ -72,7 +72,7 @@ def check_policy(policy: str, target: str) -> str:
 
 
 def build(memcg: cgroup.Memcg, name: str, wishes: Wishes, agent_pid: int | None) -> dict[str, object]:
-    """The fields of loop.Guard; `name` is an instance's. Raises OSError where there can be no run-time files."""
+    """The fields of guard.Guard; `name` is an instance's. Raises OSError where there can be no run-time files."""
     loaded_before = pins.current(name) is not None and not name.startswith("guard-")
     state = instance.state_directory()
     return {

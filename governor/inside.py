@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ _CAPABILITIES = 64  # more than any kernel has
 _FIRST_FD = 16  # out of the way of those that children give their own meaning
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _READ_LIMIT_BYTES = 1 << 20
+_AT_EMPTY_PATH, _AT_STATX_DONT_SYNC, _STATX_INO = 0x1000, 0x4000, 0x100  # linux/fcntl.h, linux/stat.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,6 @@ class Who:
     inner_uid: int
     inner_gid: int
     inner_pid: int
-    home: str  # HOME as it was started with, "" if it names no place
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Door:
     mounts_fd: int
     root_fd: int  # it may have changed its root below that of its mount namespace
     remembered: Who  # as it was when the door was opened
+    home: str = ""  # as home() had it when that was asked last
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -85,11 +87,64 @@ def door_to(pid: int, start_ticks: int) -> Door | None:
             return None
         root_fd = _opened(opened, "root", _DIRECTORY, proc_fd)
         door = Door(proc_fd, opened[1], mounts_fd, root_fd, _who(proc_fd))
+    except FileNotFoundError:  # it is ending: it has neither namespaces nor a root any more
+        _close(opened)
+        raise gone from None
     except BaseException:
         _close(opened)
         raise
     os.close(opened.pop(3))
     return door
+
+
+def kept_open(door: Door) -> Door:
+    """The same door by descriptors of its own, for a search that may begin after the agent's end; raises OSError."""
+    opened: list[int] = []
+    try:
+        for fd in door.fds:
+            opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD))
+    except OSError:
+        _close(opened)
+        raise
+    proc_fd, pidfd, mounts_fd, root_fd = opened
+    return Door(proc_fd, pidfd, mounts_fd, root_fd, door.remembered, door.home)
+
+
+def leads_there(door: Door) -> bool:
+    """Whether the process lives where the door leads, or has ended.
+
+    Asks no file system of the container, whose answer may never come.
+    """
+    try:
+        mounts = os.stat("ns/mnt", dir_fd=door.proc_fd)
+        return _is_root(door, "root", door.proc_fd) and os.path.samestat(mounts, os.fstat(door.mounts_fd))
+    except OSError:
+        return True
+
+
+def is_at_the_machines_root(door: Door) -> bool:
+    """Whether its root is governor's own or process 1's: where a runtime is before it has made a container."""
+    for path in ("/", "/proc/1/root"):  # the second is the machine's, for a governor in a pod with the machine's pids
+        with suppress(OSError):
+            if _is_root(door, path):
+                return True
+    return False
+
+
+def _is_root(door: Door, path: str, directory: int | None = None) -> bool:
+    fd = os.open(path, _DIRECTORY, dir_fd=directory)
+    try:
+        return identity(fd) == identity(door.root_fd)
+    finally:
+        os.close(fd)
+
+
+def identity(fd: int) -> bytes:
+    """Device (8 bytes) and inode of what is open, as the kernel knows them: asks no file system. Raises OSError."""
+    found = ctypes.create_string_buffer(256)  # struct statx: stx_ino at 32, stx_dev_major and stx_dev_minor at 136
+    if _LIBC.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_INO, found) < 0:
+        raise _error("statx")
+    return found.raw[136:144] + found.raw[32:40]
 
 
 def who(door: Door) -> Who:
@@ -101,14 +156,40 @@ def who(door: Door) -> Who:
 
 
 def environment(door: Door) -> dict[str, str]:
-    """The environment that the process was started with; raises OSError when it has ended."""
+    """The environment that the process was started with; raises OSError when it has ended.
+
+    To be called in a child, as home() is: the process may let whoever reads it wait (agent_look).
+    """
     entries = (os.fsdecode(entry).partition("=") for entry in _read(door.proc_fd, "environ").split(b"\0"))
     return {name: value for name, sign, value in entries if name and sign}
+
+
+def home(door: Door) -> str:
+    """HOME as the process was started with, or was seen to be at last; "" if it names no place."""
+    entries: list[bytes] = []
+    with suppress(OSError):
+        entries = [entry for entry in _read(door.proc_fd, "environ").split(b"\0") if entry]
+    if not entries:  # it has ended, or may not be looked into
+        return door.home
+    return os.fsdecode(next((entry[5:] for entry in entries if entry.startswith(b"HOME=/")), b""))
 
 
 def hide() -> None:
     """Let nobody look into this process, who runs as the same user, or has become it."""
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def move_in(door: Door, inhabitant: Who) -> Callable[[int, int], int]:
+    """Be where it lives, as its user and for good; the door is closed. It stays in governor's PID namespace.
+
+    Returns session_files.Reopen: /proc there may be anything, and has no entry for us. Raises OSError.
+    """
+    hide()
+    own_fds = os.open("/proc/self/fd", _DIRECTORY)  # while that still is ours
+    enter_mounts(door)
+    become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
+    door.close()
+    return lambda seen, flags: os.open(str(seen), flags, dir_fd=own_fds)
 
 
 def enter_mounts(door: Door) -> None:
@@ -177,11 +258,7 @@ def _who(proc_fd: int) -> Who:
     groups = tuple(map(int, status[b"Groups"]))
     inner_uid = _inner(_read(proc_fd, "uid_map"), uid)
     inner_gid = _inner(_read(proc_fd, "gid_map"), gid)
-    home = b""
-    with suppress(PermissionError):
-        entries = _read(proc_fd, "environ").split(b"\0")
-        home = next((entry[5:] for entry in entries if entry.startswith(b"HOME=/")), b"")
-    return Who(uid, gid, groups, inner_uid, inner_gid, int(status[b"NSpid"][-1]), os.fsdecode(home))
+    return Who(uid, gid, groups, inner_uid, inner_gid, int(status[b"NSpid"][-1]))
 
 
 def _inner(id_map: bytes, outer: int) -> int:

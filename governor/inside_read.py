@@ -22,23 +22,24 @@ from pathlib import Path
 from typing import NoReturn
 
 from governor.children import close_all_but
-from governor.inside import Door, Who, become, enter_mounts, hide, who
+from governor.inside import Door, home, identity, move_in, who
 from governor.session_files import Found, Reopen, find, open_directory, open_regular, parse_pattern
 
 _WHOLE_S = 20.0  # as long as an archive is filled
 _SILENCE_S = 6.0  # that all waiting for the child may take together: the archive's own deadline is 30 s
 _DEATH_S = 0.5  # after SIGKILL; one that a file system holds in the kernel takes longer, and stays behind
 _MESSAGE_BYTES = 64 << 10
-_MEMORY_BYTES = 128 << 20  # for the names of one directory, beside what governor has: about a million
+_MEMORY_BYTES = 32 << 20  # for the names of one directory, beside what governor has: a hundred thousand long ones
 _PASSWD_BYTES = 1 << 20
 _FILE, _SKIPPED, _END = b"f", b"s", b"e"
 _PIDFD_GETFD = 438  # on every architecture
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_OVERLAY = 0x794C7630
 # Of linux/magic.h: file systems that live on the machine. Not procfs, sysfs and such, whose files are no files; nor
 # FUSE, NFS, CIFS, 9p: whoever serves those can let a reader wait for ever.
 _LOCAL = {
     *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x3153464A, 0x52654973),
-    *(0x01021994, 0x858458F6, 0x794C7630, 0x73717368, 0xE0F5E1E2, 0x4D44, 0x2011BAB0, 0x9660),
+    *(0x01021994, 0x858458F6, _OVERLAY, 0x73717368, 0xE0F5E1E2, 0x4D44, 0x2011BAB0, 0x9660),
 }
 
 
@@ -48,14 +49,13 @@ def find_inside(door: Door, globs: tuple[str, ...], exclude: tuple[str, ...]) ->
     To be called in a child: it waits. What cuts it short is the last that comes.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    inhabitant = who(door)
     pid = os.fork()
     if pid == 0:
-        _visit(theirs, door, inhabitant, globs, exclude)
+        _visit(theirs, door, globs, exclude)
     theirs.close()
     pidfd = os.pidfd_open(pid)
     try:
-        why = yield from _received(ours, pidfd)
+        why = yield from _received(ours, pidfd, identity(door.root_fd)[:8])
     finally:
         ours.close()
         os.kill(pid, signal.SIGKILL)  # our child, not waited for yet: the pid is still its own
@@ -66,7 +66,7 @@ def find_inside(door: Door, globs: tuple[str, ...], exclude: tuple[str, ...]) ->
         yield Found("/", None, f"the search inside the container was cut short: {why}", is_cut_short=True)
 
 
-def _received(ours: socket.socket, pidfd: int) -> Generator[Found, None, str]:
+def _received(ours: socket.socket, pidfd: int, root_device: bytes) -> Generator[Found, None, str]:
     """What the child has to tell; returns why it was cut short, "" if it was not."""
     until, patience_s = time.monotonic() + _WHOLE_S, _SILENCE_S
     while True:
@@ -81,7 +81,7 @@ def _received(ours: socket.socket, pidfd: int) -> Generator[Found, None, str]:
             message = b""
         kind, (path, _, text) = message[:1], message[1:].decode(errors="backslashreplace").partition("\0")
         if kind == _FILE and _is_plain(path):
-            found = _fetched(path, text, pidfd)
+            found = _fetched(path, text, pidfd, root_device)
             with suppress(OSError):  # killed since: the next look says so
                 ours.send(b"taken")
             yield found
@@ -91,7 +91,7 @@ def _received(ours: socket.socket, pidfd: int) -> Generator[Found, None, str]:
             return text if kind == _END else "whoever searched there was killed"
 
 
-def _fetched(path: str, number: str, pidfd: int) -> Found:
+def _fetched(path: str, number: str, pidfd: int, root_device: bytes) -> Found:
     """A file that the child has open, unless it is none to be read: it may not be itself any more.
 
     Not sent as SCM_RIGHTS: how many descriptors are on their way is limited per user (too_many_unix_fds), and every
@@ -101,11 +101,22 @@ def _fetched(path: str, number: str, pidfd: int) -> Found:
     if fd < 0:
         return Found(path, None, f"it cannot be taken over: {os.strerror(ctypes.get_errno())}")
     # The file system first: to ask FUSE for a file's type is to wait for its server.
-    why = _not_local(fd) or ("" if stat.S_ISREG(os.fstat(fd).st_mode) else "not a regular file")
+    why = _not_local(fd) or _not_plain(fd, root_device)
     if why:
         os.close(fd)
         return Found(path, None, why)
     return Found(path, fd)
+
+
+def _not_plain(fd: int, root_device: bytes) -> str:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        return "not a regular file"
+    # Whoever has a user namespace may mount one over FUSE. Of the runtime's own the layers are on one file system,
+    # so that its files have its device number (ovl_map_dev_ino).
+    if _kind(fd) == _OVERLAY and identity(fd)[:8] != root_device:
+        return "on an overlay that is not the container's root"
+    return ""
 
 
 def _is_plain(path: str) -> bool:
@@ -115,32 +126,32 @@ def _is_plain(path: str) -> bool:
 
 
 def _not_local(fd: int) -> str:
+    kind = _kind(fd)
+    if kind < 0:
+        return os.strerror(ctypes.get_errno())
+    return "" if kind in _LOCAL else f"on a file system that is not the machine's own (type {kind:#x})"
+
+
+def _kind(fd: int) -> int:
+    """Of the file system, as in linux/magic.h; -1: it cannot be asked."""
     buffer = ctypes.create_string_buffer(256)  # struct statfs: 120 bytes, f_type first
     if _LIBC.fstatfs(fd, buffer) < 0:
-        return os.strerror(ctypes.get_errno())
-    kind = int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
-    return "" if kind in _LOCAL else f"on a file system that is not the machine's own (type {kind:#x})"
+        return -1
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
 # In the child
 
 
-def _visit(
-    theirs: socket.socket, door: Door, inhabitant: Who, globs: tuple[str, ...], exclude: tuple[str, ...]
-) -> NoReturn:
+def _visit(theirs: socket.socket, door: Door, globs: tuple[str, ...], exclude: tuple[str, ...]) -> NoReturn:
     """Go there, search, and never come back."""
     why = b"it was ended"
     try:
-        hide()
-        # While it still is ours: /proc of the container may be anything, and has no entry for us
-        own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        close_all_but({theirs.fileno(), own_fds, *door.fds})
+        close_all_but({theirs.fileno(), *door.fds})
         _bound()
         sys.meta_path.clear()  # a module that is imported from now on would be the container's
-        enter_mounts(door)
-        become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
-        close_all_but({theirs.fileno(), own_fds})
-        _search(theirs, own_fds, inhabitant, globs, exclude)
+        inhabitant, named = who(door), home(door)
+        _search(theirs, move_in(door, inhabitant), named, inhabitant.inner_uid, globs, exclude)
         why = b""
     except BaseException as error:  # noqa: BLE001  there is nobody above: whoever waits is told
         why = (str(error) or type(error).__name__).encode(errors="backslashreplace")
@@ -155,21 +166,23 @@ def _bound() -> None:
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):  # an ordinary user's, whose /proc/self is root's since hide()
+        Path("/proc/self/oom_score_adj").write_text("1000")  # whatever else is in governor's memcg stays
 
 
 def _search(
-    theirs: socket.socket, own_fds: int, inhabitant: Who, globs: tuple[str, ...], exclude: tuple[str, ...]
+    theirs: socket.socket, open_there: Reopen, named: str, uid: int, globs: tuple[str, ...], exclude: tuple[str, ...]
 ) -> None:
     def reopen(seen: int, flags: int) -> int:
         if why := _not_local(seen):
             raise OSError(0, why)
-        return os.open(str(seen), flags, dir_fd=own_fds)
+        return open_there(seen, flags)
 
-    home = os.path.realpath(_home(inhabitant, reopen))
+    own = os.path.realpath(named or _home(uid, reopen))
     patterns = []
     for glob in globs:
         try:
-            patterns.append(parse_pattern(glob, home))
+            patterns.append(parse_pattern(glob, own))
         except (OSError, ValueError) as error:  # a link in its fixed part that leads to nobody
             theirs.send(_SKIPPED + glob.encode() + b"\0" + (getattr(error, "strerror", "") or str(error)).encode())
     for found in find(patterns, exclude, reopen):
@@ -182,18 +195,16 @@ def _search(
         os.close(found.fd)
 
 
-def _home(inhabitant: Who, reopen: Reopen) -> str:
-    """HOME, as whoever it is was started with, else what the container's /etc/passwd has for it.
+def _home(uid: int, reopen: Reopen) -> str:
+    """What the container's /etc/passwd has for a user.
 
     Read here and not by getpwuid, which may load the container's libraries (nsswitch.conf).
     """
-    if inhabitant.home:
-        return inhabitant.home
     with suppress(OSError, ValueError):
         directory = open_directory("/etc")
         fd = open_regular("passwd", os.O_RDONLY, directory, reopen)
         for line in os.read(fd, _PASSWD_BYTES).splitlines():
             fields = line.split(b":")
-            if len(fields) == 7 and fields[2] == b"%d" % inhabitant.inner_uid and fields[5].startswith(b"/"):
+            if len(fields) == 7 and fields[2] == b"%d" % uid and fields[5].startswith(b"/"):
                 return os.fsdecode(fields[5])
     return "/"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from governor import inside, system_calls, trampoline
+from governor import inside, real_time, system_calls, trampoline
 from governor.children import PIPE_FD, Child, close_all_but, fork
 
 _ENVIRONMENT_BYTES = 128 << 10
@@ -93,9 +93,7 @@ def _leave_behind() -> None:
     for number in (1, 2):
         os.dup2(PIPE_FD, number)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    real_time.become_ordinary()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

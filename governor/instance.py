@@ -10,6 +10,8 @@ import errno
 import fcntl
 import os
 import time
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 _PATIENCE_S, _AGAIN_S = 0.5, 0.01
@@ -27,12 +29,18 @@ def run_directory() -> Path:
     """The directory of run-time files, made if absent; raises OSError."""
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
     base = base if base.startswith("/") else f"/tmp/governor-{os.geteuid()}"  # noqa: S108
-    path = Path(base) / "governor"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for each, owners in ((path.parent, (0, os.geteuid())), (path, (os.geteuid(),))):
-        if each.stat().st_uid not in owners:  # who could put something else in its place
+    path = _own(base)
+    if not os.path.isdir(path):  # noqa: PTH112  asked a few times for each container: a tenth of making it in vain
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each, owners in ((base, (0, os.geteuid())), (path, (os.geteuid(),))):
+        if os.stat(each).st_uid not in owners:  # noqa: PTH116  who could put something else in its place
             raise PermissionError(errno.EPERM, "belongs to another user", str(each))
     return path
+
+
+@cache
+def _own(base: str) -> Path:
+    return Path(base, "governor")
 
 
 def state_directory() -> Path:
@@ -47,8 +55,10 @@ def state_directory() -> Path:
             base = str(Path.home() / ".local" / "state")
         except RuntimeError:
             return run_directory() / "state"
-    path = Path(base) / "governor"
-    there = next(place for place in (path, *path.parents, Path()) if os.access(place, os.F_OK))
+    path = _own(base)
+    if os.access(path, os.W_OK | os.X_OK):
+        return path
+    there = next(place for place in chain((path,), path.parents, (Path(),)) if os.access(place, os.F_OK))
     return path if os.access(there, os.W_OK | os.X_OK) else run_directory() / "state"
 
 
@@ -96,13 +106,22 @@ def _take(fd: int, path: Path) -> None:
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).strip()
         raise Busy(path, int(holder) if holder.isdigit() else 0) from None
-    if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
+    try:
+        is_it = path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        is_it = False
+    if not is_it:
         raise Busy(path, 0)
 
 
 def holders(name: str = "*") -> list[int]:
     """Pids of all processes that hold a lock now, or the one of this name."""
     return sorted(set(_held(f"{name}.lock").values()) - {0})
+
+
+def held_by(pid: int) -> list[str]:
+    """The names of the locks that a process holds now; raises OSError."""
+    return sorted(name for name, holder in _held("*.lock").items() if holder == pid)
 
 
 def guarded() -> dict[int, int]:

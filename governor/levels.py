@@ -14,6 +14,7 @@ SECOND_NS = 1_000_000_000
 INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
 # Per second: a tool call may do that in a memcg that was quiet for hours, so no memcg is ever known to be slower.
 LEAST_WORST_BYTES = 1_000_000_000
+CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
 _RATE_WINDOW_NS = 4_000_000
 _TREND_NS = 250_000_000
@@ -52,7 +53,7 @@ class Track:
         self.fill_rate_bytes: int | None = None
         self.worst_rate_bytes = 0  # ever seen
         self._near = False
-        self._base_bytes: int | None = None  # growth counts from here
+        self._base: tuple[int, int] | None = None  # growth counts from here: of all of it, of the part
         self._max_bytes = 0
         self._window: tuple[int, int] | None = None  # where the window of the fill rate began: (ns, bytes)
         self._trend: list[tuple[int, int]] = []  # where that of the trend began, and where the next one will have
@@ -68,18 +69,21 @@ class Track:
         self.level, self._near = level, near
 
     def look(
-        self, levels: Levels, held_bytes: int, max_bytes: int, now_ns: int, ours: bool = True
+        self, levels: Levels, held_bytes: int, max_bytes: int, now_ns: int, part_bytes: int | None = None
     ) -> Crossing | None:
-        """What a look at the unreclaimable bytes shows.
+        """What a look at the unreclaimable bytes shows; `part_bytes` are those of a memcg below, if only that counts.
 
         As in the kernel only growth is reported as rising: a full memcg that stands still is no burst. A limit that
-        changed counts as growth. Where the growth is not `ours`, no rising crossing is reported, now: the next growth
-        of ours reports it.
+        changed counts as growth. Where less than half of the growth is the part's, no rising crossing is reported,
+        now: its next growth reports it.
         """
         rate, trend = self._measure(held_bytes, now_ns), self._slope(held_bytes, now_ns)
-        base = held_bytes if self._base_bytes is None else min(self._base_bytes, held_bytes)
-        grown = held_bytes - base >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
-        self._base_bytes = held_bytes if grown else base
+        here = (held_bytes, part_bytes or 0)
+        base_bytes, base_part_bytes = map(min, self._base or here, here)
+        grown_bytes, part_grown_bytes = held_bytes - base_bytes, here[1] - base_part_bytes
+        grown = grown_bytes >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
+        ours = part_bytes is None or (part_grown_bytes > 0 and 2 * part_grown_bytes >= grown_bytes)
+        self._base = here if grown else (base_bytes, base_part_bytes)
         self._max_bytes = max_bytes
         if max_bytes <= 0:
             return None

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from governor.cgroup import UNLIMITED, Memcg, MemoryState
 
 _REFRESH_NS = 1_000_000_000
+_LATE_RATIO = 0.97  # as the policy's last level, unless it says otherwise
 _QOS = ("burstable", "besteffort", "guaranteed")
-NODE_PATHS = ("kubepods", "kubepods.slice", *(f"kubepods-{name}.slice" for name in _QOS))  # no pod's, the node's
+_NODE = ("kubepods", *(f"kubepods-{name}" for name in _QOS))  # no pod's, the node's; kind's: kubelet-kubepods
 
 
 class Seen(NamedTuple):
@@ -33,7 +34,8 @@ class Limits:
         self.chosen_bytes = 0  # the policy's limit; 0: none
         self.of_machine = False  # no limit anywhere: MemAvailable counts
         self.tightest = own
-        self.own_held_bytes = 0  # unreclaimable, at the last look
+        self._own_state: MemoryState | None = None  # at the last look
+        self._before: tuple[Memcg | None, int, int] = (None, 0, 0)  # own_part: the tightest, held here, held there
         self._machine_bytes = 0
         self._machine_ns: int | None = None
         for path in ancestors(own.path):
@@ -52,12 +54,17 @@ class Limits:
         """Of the governed memcg."""
         return self.own.cgroup_id
 
+    @property
+    def own_held_bytes(self) -> int:
+        """What the governed memcg held that cannot be reclaimed, at the last look."""
+        return self._own_state.unreclaimable_bytes if self._own_state else 0
+
     def look(self, now_ns: int) -> list[Seen]:
         """Every memcg with a limit, the governed one first if it is one of them; empty when that is gone."""
         state = self.own.memory_state()
         if state is None:
             return []
-        self.own_held_bytes = state.unreclaimable_bytes
+        self._own_state = state
         limits = [limit for limit in (state.max_bytes, self.chosen_bytes) if limit > 0]
         seen = [Seen(self.own, state._replace(max_bytes=min(limits)), self.chosen_bytes)] if limits else []
         for memcg in self.above:
@@ -73,6 +80,26 @@ class Limits:
     def memory_state(self, now_ns: int) -> MemoryState | None:
         """The state with the highest ratio; None when the governed memcg is gone or cannot be read now."""
         return next((seen.state for seen in self.look(now_ns) if seen.memcg is self.tightest), None)
+
+    def own_part(self, state: MemoryState) -> MemoryState:
+        """What memory_state() just gave, as far as the governed memcg answers for it: siblings' growth is not its.
+
+        All of it where it has grown by half of what that has since the last call; or where it holds half of that, and
+        nobody grows or little is left.
+        """
+        own, held_bytes = self._own_state, self.own_held_bytes
+        before, self._before = self._before, (self.tightest, held_bytes, state.unreclaimable_bytes)
+        if self.tightest is self.own or own is None:
+            return state
+        grown = held = 0
+        if before[0] is self.tightest:
+            grown, held = held_bytes - before[1], state.unreclaimable_bytes - before[2]
+        # Who holds most is whom the kernel kills: who only sits still answers once whoever grows was not stopped.
+        is_late = held <= 0 or state.unreclaimable_ratio >= _LATE_RATIO
+        if (is_late and 2 * held_bytes >= state.unreclaimable_bytes) or (grown > 0 and 2 * grown >= held):
+            return state
+        limits = (own.max_bytes, self.chosen_bytes, state.max_bytes)
+        return own._replace(max_bytes=min(limit for limit in limits if limit > 0))
 
     def own_usage_bytes(self) -> int:
         """What the governed memcg uses now; 0 when it is gone."""
@@ -108,8 +135,10 @@ def ancestors(path: str) -> list[str]:
     parts = path.strip("/").split("/")
     while len(parts) > 3:  # sys/fs/cgroup: in a container it may have a limit, and the true root has no such file
         parts = parts[:-1]
+        stem = parts[-1].removesuffix(".slice")
+        by_slice = stem != parts[-1] and any(stem == name or stem.endswith(f"-{name}") for name in _NODE)
         in_kubepods = parts[-1] in _QOS and parts[-2] == "kubepods"
-        if parts[-1] in NODE_PATHS or in_kubepods:
+        if parts[-1] == "kubepods" or by_slice or in_kubepods:
             break
         found.append("/" + "/".join(parts))
     return found

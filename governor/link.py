@@ -24,7 +24,7 @@ RECORD, BRAKED, THAWED, ALIVE, ADOPTED, SOURCE, REFUSED, RELEASED = 16, 17, 18, 
 FALSE_ALARM, LOAN_OVER, ASKED = 1, 2, 3
 THAW_REASONS = {FALSE_ALARM: "false alarm", LOAN_OVER: "the loan was over", ASKED: "as decided"}
 
-_LEVELS = struct.Struct(f"=BI{LEVELS}I{LEVELS}IQQQQ")
+_LEVELS = struct.Struct(f"=BI{LEVELS}I{LEVELS}IQQQQ?")
 _THAW = struct.Struct("=BIIq??")
 _SLOT_AND_NS = struct.Struct("=BIQ")
 _RECORD_HEAD = struct.Struct("=BQ")
@@ -170,6 +170,7 @@ def encode_levels(kind: int, slot: int, levels: Levels) -> bytes:
         levels.horizon_floor_ppm,
         levels.stall_engage_ns,
         levels.max_pages,
+        levels.holds,
     )
 
 

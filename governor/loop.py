@@ -1,28 +1,24 @@
 """The governor process: one reflex, its BPF programs, and the memcgs that they protect, each a Target.
 
-`governor guard` becomes this process by exec, with one memcg, so that the command line's imports do not stay
-resident. Everything that may take long runs in a child; everything real-time runs in reflex. Nothing that goes wrong
-with one memcg or one action ends the loop.
+Of one guard (`guard_process`), or of a node's daemon (`node`). Everything that may take long runs in a child;
+everything real-time runs in reflex. Nothing that goes wrong with one memcg or one action ends the loop.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import orjson
-
-from governor import background, children, link, pins, poll_source, record
+from governor import children, link, pins, poll_source, record
 from governor.actions.commands import Commands
 from governor.brake import KnobFile
 from governor.container import Container
-from governor.guard import Guard, read_policy, read_profile
+from governor.guard import Guard
 from governor.health import Vitals
 from governor.journal import Note, say
 from governor.policy import SECOND, Policy, Source
@@ -31,13 +27,15 @@ from governor.profile import Profile
 from governor.programs import Programs
 from governor.reflex_process import ReflexProcess
 from governor.schedule import Schedule
+from governor.shared import Shared
 from governor.tally import Tally
-from governor.target import Shared, Target
-from governor.toml_file import FileError
+from governor.target import Target
+from governor.turns import Turns
 
 _AFTER_FAULT_S = 0.1
 _CALM_NS = 10_000_000  # between the turns of two targets that are calm, and
 _CALM_RATIO = 10  # so many times what such a turn takes: however many there are, they take a tenth of a CPU at most
+_LIVELY_RATIO = 3  # and those that are braked a third of one: what they decide, and their archives, need the rest
 _AVERAGED = 32
 _TURNS_NS = 50_000_000  # of turns, until whoever waits to be heard is
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,7 +66,7 @@ class Loop:
         self._by_cgroup_id: dict[int, Target] = {}
         self._on_drop: dict[int, Callable[[], None]] = {}
         self._released: set[int] = set()  # slots that reflex has not let go of yet
-        self._schedule = Schedule()
+        self._schedule: Schedule[int] = Schedule()  # of the slots
         self.knob_file = KnobFile(knob_path)
         pinned = pins.current(instance) if source in (Source.AUTO, Source.BPF) else None
         self._reflex = ReflexProcess(pinned, Path(knob_path), source.value, reflex_memcg)
@@ -84,12 +82,16 @@ class Loop:
             self._programs.source_name,
             lambda: self.protected(),
             lambda: len(self.targets) * max(_CALM_NS, _CALM_RATIO * self._turn_took_ns),
+            lambda: _LIVELY_RATIO * sum(target.is_lively for target in self.targets.values()) * self._turn_took_ns,
+            lambda: self._is_pressed,
             self.look_at,
+            Turns(),
         )
         self._dropped = 0
         self._turn_took_ns = 0  # CPU time, the average of late
         self._had_bpf = False
         self._stopping = self._in_a_hurry = False
+        self._is_pressed = False  # some wait to become targets
 
     # Targets
 
@@ -148,6 +150,11 @@ class Loop:
         """Of the running reflex; 0: it does not run."""
         return self._reflex.pid or 0
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it only brings to its end what was begun."""
+        return self._stopping
+
     def vitals(self, scanned: bool = True) -> Vitals:
         """How it is now; `scanned` as Vitals has it."""
         now_ns = time.monotonic_ns()
@@ -158,7 +165,7 @@ class Loop:
             has_bpf=not self._programs.lost,
             scanned=scanned,
             late_ns=max((target.late_ns(now_ns) for target in self.targets.values()), default=0),
-            without_source=sum(not target.source for target in self.targets.values()),
+            without_source=sum(not target.reports.source for target in self.targets.values()),
         )
 
     # The loop
@@ -188,21 +195,22 @@ class Loop:
         now_ns = time.monotonic_ns()
         self._keep_reflex(now_ns)
         self.children.check_deadlines(now_ns)
+        self._shared.archives.admit(now_ns)
+        self._is_pressed = False
         try:
-            is_pressed = self.on_turn(now_ns)
+            self._is_pressed = self.on_turn(now_ns)
         except Exception as error:  # noqa: BLE001  what looks for further targets is not those that are there
-            is_pressed = False
             self._fault(error, self.note)
+        # From here: whoever is held does not pay for those that are new.
+        turns_until_ns = time.monotonic_ns() + _TURNS_NS
         for slot in self._schedule.due(now_ns):
             self._turn(self.targets[slot], now_ns)
-            if time.monotonic_ns() - now_ns > _TURNS_NS:
+            if time.monotonic_ns() > turns_until_ns:
                 break
-        for target in [target for target in self.targets.values() if target.is_lively]:
-            self._turn(target, now_ns)
         next_ns = self._schedule.next_ns()
         until_ns = now_ns + SECOND if next_ns is None else min(next_ns, now_ns + SECOND)
         self.tally.turns.observe(time.monotonic_ns() - self.poller.woken_ns)
-        self.poller.wait(0 if is_pressed else until_ns - time.monotonic_ns())
+        self.poller.wait(0 if self._is_pressed else until_ns - time.monotonic_ns())
 
     def _turn(self, target: Target, now_ns: int) -> None:
         self._schedule.set(target.slot, now_ns + SECOND)  # whatever goes wrong
@@ -283,7 +291,7 @@ class Loop:
         self.note("reflex_gone", f"reflex ended with status {status}: {undone}; starting it again", status=status)
         self.tally.released_all(time.monotonic_ns())
         for target in self.targets.values():
-            target.lost_reflex()
+            target.reports.lost_reflex()
 
     def _hear_reflex(self) -> None:
         try:
@@ -299,14 +307,14 @@ class Loop:
             case link.Heard(record=found, called_back_ns=called_back_ns):
                 self.tally.heard(found, called_back_ns)
                 if target := self._by_cgroup_id.get(found.cgroup_id):
-                    target.on_record(found, called_back_ns)
+                    target.reports.on_record(found, called_back_ns)
                     self._schedule.set(target.slot, target.due_ns)
                 elif found.kind == record.OOM_KILL and not found.cgroup_id:
                     self.note("oom_kill", f"out of memory, the machine: the kernel chose process {found.pid}")
             case link.Braked(slot=slot) | link.Thawed(slot=slot) | link.Adopted(slot=slot) | link.Source(slot=slot):
                 if (target := self.targets.get(slot)) is not None:
-                    target.on_reflex(said)
-                    self._had_bpf |= target.source == poll_source.NAMES[poll_source.BPF]
+                    target.reports.on_said(said)
+                    self._had_bpf |= target.reports.source == poll_source.NAMES[poll_source.BPF]
                     self._schedule.set(slot, target.due_ns)
             case link.Released(slot=slot):
                 self._free(slot)
@@ -322,50 +330,3 @@ class Loop:
                 self._dropped = dropped
                 for target in self.targets.values():
                     target.sample(time.monotonic_ns())
-
-
-def guard_one(guard: Guard) -> Loop:
-    """A loop with one target; raises OSError or FileError."""
-    profile = read_profile(guard)
-    wanted = read_policy(guard, profile)
-    loop = Loop(guard.instance, guard.knob_path, wanted.signals.source, guard.bpf_refused)
-    loop.unload_at_end = guard.unload_at_end
-    target = loop.add(guard, 0, wanted, profile)
-    loop.note = target.note
-    ready_fd = guard.ready_fd
-
-    def protected() -> None:
-        nonlocal ready_fd
-        ready_fd = background.ready(ready_fd)
-
-    def reload() -> None:
-        try:
-            again = read_policy(guard, profile)
-        except (FileError, OSError) as error:
-            target.note("policy_refused", f"the policy stays as it was: {error}")
-        else:
-            target.policy_again(again)
-
-    loop.protected, loop.reload = protected, reload
-    return loop
-
-
-def main() -> int:
-    """Entry point: a JSON object with the fields of Guard as the only argument."""
-    guard = Guard(**orjson.loads(sys.argv[1]))
-    if guard.ready_fd >= 0:
-        os.set_inheritable(guard.ready_fd, False)
-    try:
-        loop = guard_one(guard)
-    except (OSError, FileError) as error:
-        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        say(f"cannot guard {guard.cgroup}: {why}")
-        if guard.unload_at_end:
-            pins.unload(guard.instance)
-        return 1
-    loop.run()
-    return loop.status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

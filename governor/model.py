@@ -258,6 +258,13 @@ class Prolong:
 
 
 @dataclass(frozen=True, slots=True)
+class Squeeze:
+    """Throttle what grows although it is frozen: `high_bytes` lies under the usage."""
+
+    high_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Thaw:
     """Let it run; brake again at `brake_ppm`, throttle above `high_bytes` (None: no throttle).
 
@@ -315,6 +322,7 @@ Instruction = (
     | HoldNow
     | Archive
     | Prolong
+    | Squeeze
     | Thaw
     | Shed
     | Terminate

@@ -12,21 +12,36 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
 
-from governor import cgroup, guard_options, instance, outside, pins, policy_directory, selection, state_file
+from governor import (
+    cgroup,
+    guard_options,
+    instance,
+    outside,
+    pins,
+    policy_directory,
+    profile_file,
+    real_time,
+    selection,
+    state_file,
+    told,
+)
 from governor.census import Census, Known
 from governor.container import Container
 from governor.discovery import Gone
-from governor.guard import Guard
+from governor.guard import Guard, with_profile
 from governor.journal import Journal, printable, say
 from governor.loop import Loop
 from governor.observation import Observation
 from governor.policy import Policy, Source
 from governor.policy_directory import PoliciesError
+from governor.profile import Profile
+from governor.schedule import Schedule
+from governor.toml_file import FileError
 
 _DESCRIPTORS = 1 << 16  # a target has about ten
 _JOURNALS, _JOURNALS_KEPT = "containers", 256
@@ -57,7 +72,6 @@ class _There:
 
     container: Container
     slot: int | None = None  # None: not governed
-    again_ns: int | None = None  # it should be, and could not be: to be tried again then
 
 
 class Node:
@@ -67,8 +81,12 @@ class Node:
         """Raises OSError, PoliciesError."""
         self._wanted = wanted
         self._policies = policy_directory.load(Path(wanted.policies))
-        self._journal = Journal(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
+        self._profiles: dict[str, Profile | None] = {}  # by what policies call them
+        self._journal = Journal.or_none(Path(wanted.state) / "journal-node.ndjson", "node", self._first_line)
+        self._in_order = self._as_asked()
         self._outside, self._why_inside = outside.make(wanted.instance)
+        # As the machine sees it by now.
+        self._own = str(cgroup.memcg_of("self", v1=wanted.cgroup_root == cgroup.ROOT_V1))
         source = Source(wanted.source)
         self.loop = Loop(wanted.instance, wanted.knob_path, source, wanted.bpf_refused, self._outside)
         self.loop.is_lasting, self.loop.unload_at_end = True, wanted.unload_at_end
@@ -78,9 +96,11 @@ class Node:
         self._polled: list[int] = []
         self._there: dict[str, _There] = {}  # by path
         self._undecided: deque[_There] = deque()
+        self._again: Schedule[str] = Schedule()  # paths of those that should be governed, and could not be
         self._scanning_ns = 0  # since when; what it found is to be decided as well
-        journals = Path(wanted.state, _JOURNALS).glob("*.ndjson")
-        self._left = dict.fromkeys(sorted(journals, key=_changed_s))  # journals of who is gone, oldest first
+        self._journals = str(Path(wanted.state, _JOURNALS))
+        journals = sorted(Path(self._journals).glob("*.ndjson"), key=_changed_s)
+        self._left = dict.fromkeys(str(path) for path in journals)  # journals of who is gone, oldest first
         self._observation = Observation(self.loop, wanted.listen)
 
     def run(self) -> int:
@@ -90,11 +110,13 @@ class Node:
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
         self._journal.begin()
-        for told in self.loop.knob_file.restore_all():  # a killed daemon's: whoever is in need is braked again
-            self.note("restored", told)
+        for line in self.loop.knob_file.restore_all():  # a killed daemon's: whoever is in need is braked again
+            self.note("restored", line)
         for slot in list(self.loop.knob_file.slots()):
             self.loop.knob_file.release(slot)
-        names = ", ".join(policy.name for policy in self._in_order()) or "none"
+        if swept := state_file.sweep_containers(self._wanted.cgroup_root):
+            self.note("swept", f"removed what was remembered of {swept} containers that are gone")
+        names = ", ".join(policy.name for policy in self._in_order) or "none"
         self.note("begun", f"policies: {names}{'; dry run' if self._wanted.dry_run else ''}")
         if self._outside:
             self.note("outside", f"reflex lives in {self._outside}, and outlives this pod")
@@ -115,31 +137,44 @@ class Node:
         self._journal.write(kind, text=text, **fields)
 
     def _first_line(self) -> dict[str, object]:
-        return {"wanted": asdict(self._wanted)}
+        return {"wanted": self._wanted}
 
     # Policies
 
-    def _in_order(self) -> list[Policy]:
-        return [self._as_asked(loaded.policy) for loaded in self._policies.values()]
+    def _as_asked(self) -> list[Policy]:
+        """The policies in their order, with what was asked of the whole node, and with what their profiles know."""
+        source, dry_run = Source(self._wanted.source), self._wanted.dry_run
+        policies = [loaded.policy for loaded in self._policies.values()]
+        self._profiles = {one.profile: self._profile(one.profile) for one in policies}
+        asked = [
+            replace(one, dry_run=one.dry_run or dry_run, signals=replace(one.signals, source=source))
+            for one in policies
+        ]
+        profiles = [self._profiles[one.profile] for one in asked]
+        return [with_profile(one, known) if known else one for one, known in zip(asked, profiles, strict=True)]
 
-    def _as_asked(self, policy: Policy) -> Policy:
-        signals = replace(policy.signals, source=Source(self._wanted.source))  # one source for the whole node
-        return replace(policy, dry_run=policy.dry_run or self._wanted.dry_run, signals=signals)
+    def _profile(self, name: str) -> Profile | None:
+        try:
+            return profile_file.load(name).profile if name else None
+        except (FileError, OSError) as error:  # it was good when the policy was read, a moment ago
+            self.note("profile_refused", f"without a profile: {error}")
+            return None
 
     def _read_policies_again(self) -> None:
         self._policies = policy_directory.reload(self._policies, Path(self._wanted.policies), self.note)
+        self._in_order = self._as_asked()
         self._undecided.extend(self._there.values())
 
     # Containers
 
     def _turn(self, now_ns: int) -> bool:
         self._observation.turn(now_ns)
+        if self.loop.is_stopping:  # who comes now is the next daemon's
+            return False
         if now_ns >= self._census.due_ns:
             self._heed_census()
             self._scanning_ns = self._scanning_ns or now_ns
-        for there in [there for there in self._there.values() if there.again_ns and now_ns >= there.again_ns]:
-            there.again_ns = None
-            self._undecided.append(there)
+        self._undecided.extend(self._there[path] for path in self._again.due(now_ns))
         until_ns = time.monotonic_ns() + _CHOOSING_NS
         while self._undecided and time.monotonic_ns() < until_ns:
             there = self._undecided.popleft()
@@ -161,6 +196,8 @@ class Node:
                 self._polled.append(fd)
         for event in events:
             match event:
+                case Known(container=container) if cgroup.is_inside(self._own, container.cgroup.rpartition("/")[0]):
+                    continue  # our own pod: whatever a policy says, we freeze and end nothing of ourselves
                 case Known(container=container):
                     self.loop.tally.found += container.cgroup not in self._there
                     there = self._there.setdefault(container.cgroup, _There(container))
@@ -168,15 +205,16 @@ class Node:
                     self._undecided.append(there)
                 case Gone(path=path):
                     gone = self._there.pop(path, None)
+                    self._again.drop(path)
                     self.loop.tally.gone += gone is not None
                     if gone and gone.slot is not None:
                         self.loop.look_at(gone.slot)  # what was begun for it is brought to its end
 
     def _choose(self, there: _There) -> None:
         """Govern it, or not, as the policies have it now."""
-        there.again_ns = None
-        choice = selection.choose(self._in_order(), there.container)
+        choice = selection.choose(self._in_order, there.container)
         shown, path = _shown(there.container), there.container.cgroup
+        self._again.drop(path)
         for refused in choice.refused:
             self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
         target = self.loop.targets.get(there.slot) if there.slot is not None else None
@@ -189,6 +227,9 @@ class Node:
                 self.loop.drop(target)
         elif target is None:
             self._govern(there, choice.policy, choice.reason)
+        elif choice.policy.profile != target.policy.profile:  # another kind of agent: all that is known of it is
+            self.loop.drop(target)
+            self._govern(there, choice.policy, choice.reason)
         elif choice.policy != target.policy:
             target.policy_again(choice.policy)
 
@@ -197,20 +238,23 @@ class Node:
         slot = self.loop.knob_file.free_slot()
         lock_fd = -1
         try:
-            cgroup_id = Path(path).stat().st_ino
+            cgroup_id = os.stat(path).st_ino  # noqa: PTH116  fifty times a second, as what follows
             lock_fd = instance.lock(guard_options.lock_name(cgroup_id))
             os.set_inheritable(lock_fd, False)
             guard = self._guard(there.container, policy)
             done = lambda: self._dropped(there, cgroup_id, lock_fd)  # noqa: E731
-            self.loop.add(guard, slot, policy, None, done, there.container)
-        except FileNotFoundError:  # gone again
-            pass
+            self.loop.add(guard, slot, policy, self._profiles[policy.profile], done, there.container)
         except instance.Busy as busy:
-            there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            self._again.set(path, time.monotonic_ns() + _AGAIN_NS)
             self.loop.tally.not_governed += 1
             self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
         except (OSError, ValueError) as error:  # ValueError: a path that is no text, or too long for a slot
-            there.again_ns = time.monotonic_ns() + _AGAIN_NS
+            is_gone = not _exists(path)
+            if lock_fd >= 0:
+                _unlock(cgroup_id, lock_fd, is_gone)
+            if is_gone:
+                return
+            self._again.set(path, time.monotonic_ns() + _AGAIN_NS)
             self.loop.tally.not_governed += 1
             why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
             self.note("not_governed", f"{shown}: {why}", cgroup=printable(path))
@@ -218,10 +262,7 @@ class Node:
             there.slot = slot
             self._left.pop(self._journal_path(there.container), None)
             text = f"{shown}: governed by policy {policy.name!r}: {reason}"
-            self.note("governed", text, cgroup=path, slot=slot, container=asdict(there.container))
-            return
-        if lock_fd >= 0:
-            os.close(lock_fd)
+            self.note("governed", text, cgroup=path, slot=slot, container=there.container)
 
     def _guard(self, container: Container, policy: Policy) -> Guard:
         return Guard(
@@ -229,31 +270,51 @@ class Node:
             instance=self._wanted.instance,
             knob_path=self._wanted.knob_path,
             archive_directory=f"{self._wanted.state}/archive",
-            journal_path=str(self._journal_path(container)),
+            journal_path=self._journal_path(container),
             policy=policy.name,
             is_container=True,
+            has_own_mounts=container.has_own_mounts,
         )
 
-    def _journal_path(self, container: Container) -> Path:
-        return Path(self._wanted.state, _JOURNALS, f"{container.container_id}.ndjson")
+    def _journal_path(self, container: Container) -> str:
+        return f"{self._journals}/{container.container_id}.ndjson"
 
     def _dropped(self, there: _There, cgroup_id: int, lock_fd: int) -> None:
         """The loop has let go of it."""
         there.slot = None
         path = there.container.cgroup
-        with suppress(OSError):
-            if not Path(path).exists():  # neither its path nor its id comes again
-                state_file.path_for(path).unlink(missing_ok=True)
-                instance.lock_path(guard_options.lock_name(cgroup_id)).unlink(missing_ok=True)
-                self._left[self._journal_path(there.container)] = None
-        os.close(lock_fd)
+        is_gone = not _exists(path)  # neither its path nor its id comes again
+        if is_gone:
+            with suppress(OSError):
+                _remove(str(state_file.path_for(path)))
+                _remove(str(told.path_for(cgroup_id)))
+            self._left[self._journal_path(there.container)] = None
+        _unlock(cgroup_id, lock_fd, is_gone)
         while len(self._left) > _JOURNALS_KEPT:
             journal = next(iter(self._left))
             del self._left[journal]
-            numbered = (journal.with_name(f"{journal.name}.{number}") for number in range(1, Journal.KEEP + 1))
-            for file in (journal, *numbered):
-                with suppress(OSError):
-                    file.unlink(missing_ok=True)
+            names = (journal, *(f"{journal}.{number}" for number in range(1, Journal.KEEP + 1)))
+            all(_remove(name) for name in names)  # where there is no FILE.1 there is no FILE.2
+
+
+def _unlock(cgroup_id: int, lock_fd: int, is_gone: bool) -> None:
+    if is_gone:
+        with suppress(OSError):
+            _remove(str(instance.lock_path(guard_options.lock_name(cgroup_id))))
+    os.close(lock_fd)
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  no pathlib where containers come and go: twice what the call takes
+
+
+def _remove(path: str) -> bool:
+    """False where there is no such file, or it cannot be removed."""
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except OSError:
+        return False
+    return True
 
 
 def _changed_s(path: Path) -> float:
@@ -279,6 +340,7 @@ def main() -> int:
         if wanted.unload_at_end:
             pins.unload(wanted.instance)
         return 1
+    real_time.become_prompt()
     return node.run()
 
 

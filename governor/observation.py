@@ -51,7 +51,8 @@ class Observation:
 
     def _status(self, after: int) -> Iterable[status.Line]:
         standing_of = {slot: target.standing for slot, target in self._loop.targets.items()}
-        return status.page(standing_of, after, self._loop.reflex_pid, boottime_ns())
+        faults = health.faults(self._vitals())
+        return status.page(standing_of, after, self._loop.reflex_pid, boottime_ns(), faults)
 
     def _exposition(self, accept: str) -> tuple[str, bytes]:
         """In a child: what it imports here the resident process does without."""

@@ -48,7 +48,8 @@ def places(pid: int, channel: str = "") -> Places:
     chain = ancestors(pid)
     kind, _, where = channel.partition(":")
     socket, _, pane = where.partition(":")
-    if kind != "tmux":
+    is_here = is_in_our_namespaces(pid)
+    if kind != "tmux" and is_here:  # others may let whoever reads their environment wait
         socket, pane = environment_of(pid, "TMUX").partition(",")[0], environment_of(pid, "TMUX_PANE")
         pane = pane if re.fullmatch(r"%[0-9]{1,9}", pane) else ""
     try:
@@ -56,7 +57,7 @@ def places(pid: int, channel: str = "") -> Places:
         runs = [instance.run_directory() / f"run-{above}.sock" for above in chain]
     except OSError:
         return Places()
-    if not (socket.startswith("/") and pane and is_in_our_namespaces(pid)):
+    if not (socket.startswith("/") and pane and is_here):
         socket = pane = ""
     terminals = tuple({stat.terminal for above in chain if (stat := read_stat(above)) and stat.terminal})
     controls = tuple(str(path) for path in runs if path.exists() and not _shares_our_standard_error(path))

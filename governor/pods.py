@@ -38,12 +38,7 @@ class Place(NamedTuple):
 
 def place_of(path: str) -> Place | None:
     """The container at a path below the cgroup root ("a/b/c"); None for all that is not exactly a container."""
-    parts = path.strip("/").split("/")
-    if not is_root(root := _root_of(parts)):
-        return None
-    below = parts[parts.index(root) + 1 :]
-    qos = _qos_of(root, below)
-    levels = below[1:] if qos else below
+    root, qos, levels = _below_root(path)
     if len(levels) != 2:
         return None
     by_systemd = root.endswith(_SLICE)
@@ -64,17 +59,21 @@ def is_root(name: str) -> bool:
 
 def holds_containers(path: str) -> bool:
     """Whether a path is a kubelet's root, a QoS class below it or a pod: where pods and containers appear."""
+    root, qos, levels = _below_root(path)
+    if not levels:
+        return bool(root)
+    return len(levels) == 1 and _pod_uid(root, qos, levels[0]) is not None
+
+
+def _below_root(path: str) -> tuple[str, str, list[str]]:
+    """The outermost root on a path, the QoS class, "" for none, and what is below those; ("", "", []) without one."""
     parts = path.strip("/").split("/")
-    if not is_root(root := _root_of(parts)):
-        return False
+    root = next(filter(is_root, parts), "")
+    if not root:
+        return "", "", []
     below = parts[parts.index(root) + 1 :]
     qos = _qos_of(root, below)
-    levels = below[1:] if qos else below
-    return not levels or (len(levels) == 1 and _pod_uid(root, qos, levels[0]) is not None)
-
-
-def _root_of(parts: list[str]) -> str:
-    return next(filter(is_root, parts), "")
+    return root, qos, below[1:] if qos else below
 
 
 def _qos_of(root: str, below: list[str]) -> str:

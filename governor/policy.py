@@ -175,6 +175,7 @@ class Policy:
 
     name: str = "default"
     dry_run: bool = False  # decide and journal, touch nothing
+    profile: str = ""  # what kind of agent it is: a profile's name or an absolute path, where no option says it
     compact: Delivery = Delivery(0.70, 0.65)
     recycle: Recycle = Recycle(
         0.75,
@@ -204,7 +205,7 @@ _NEVER_RATIO = 2.0
 
 def levels(policy: Policy) -> Levels:
     """The levels at which reflex is to hear of crossings."""
-    brakes = policy.brakes
+    brakes = policy.brake.enabled
     last = (policy.brake.engage_ratio, policy.terminate.last_ratio) if brakes else (_NEVER_RATIO, _NEVER_RATIO)
     last_release_ratio = (policy.brake.engage_ratio + policy.terminate.last_ratio) / 2
     return Levels(
@@ -218,6 +219,7 @@ def levels(policy: Policy) -> Levels:
         horizon_ns=policy.brake.horizon_ns if brakes else 0,
         horizon_floor_ppm=round(policy.brake.early_ratio * PPM),
         stall_engage_ns=policy.signals.stall_engage_ns,
+        holds=not policy.dry_run,
     )
 
 

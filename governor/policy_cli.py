@@ -17,6 +17,7 @@ from governor.policy_directory import PoliciesError
 from governor.policy_file import Loaded, PolicyError
 from governor.policy_keys import KEYS, Key, flatten, written
 from governor.selection import choose
+from governor.watch_place import HOST_ROOT
 
 policy_app = typer.Typer(help="Check, show, list and explain policies.", no_args_is_help=True)
 _NOT_GOVERNED = 3
@@ -72,7 +73,7 @@ def explain(
         Path, typer.Option(metavar="DIRECTORY", help="The policies to choose from.")
     ] = policy_directory.DIRECTORY,
     host_root: Annotated[
-        str, typer.Option(help="Where the files of the node are, as its container runtime's.")
+        str, typer.Option(envvar=HOST_ROOT, help="Where the files of the node are, as its container runtime's.")
     ] = "/",
     json: JsonOption = False,
 ) -> None:

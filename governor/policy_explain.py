@@ -17,7 +17,7 @@ from governor.selection import Choice
 from governor.toml_file import FILE_LIMIT_BYTES, Fault, FileError, read_file
 
 _PATH_LIMIT, _NAME_LIMIT = 4096, 253  # PATH_MAX; Kubernetes' own for names
-_TEXTS = tuple(field.name for field in fields(Container) if field.default_factory is MISSING)
+_TEXTS = tuple(field.name for field in fields(Container) if field.type == "str")
 _TABLES = tuple(field.name for field in fields(Container) if field.default_factory is not MISSING)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from governor import profile_file
 from governor.policy import Policy
 from governor.policy_keys import KEYS, NAME, build, flatten, hint, shown, written
 from governor.toml_file import Fault, FileError, given_values, line_of, read_named, read_tree
@@ -100,9 +101,24 @@ def _parse(data: bytes, where: str, stem: str, is_preset: bool) -> Loaded:
     # Without its base a file can only be held against itself.
     sure = {path: values[path] for path in (KEYS if base else given) if path not in faulty}
     faults += _against_rules(sure, sources, lines)
+    if "profile" in sure and (why := _no_profile(sure["profile"])):
+        faults.append(Fault(line_of(lines, "profile"), "profile", shown(sure["profile"]), why))
     if faults:
         raise PolicyError(where, sorted(faults, key=lambda fault: fault.line))
     return Loaded(build(values), sources)
+
+
+def _no_profile(name: str) -> str:
+    """What would be a profile, where this is none; "" where it is one, or not given."""
+    known = profile_file.profiles()
+    if name and name not in known and not name.startswith("/"):
+        return f"a profile's absolute path, or one of {', '.join(known)}{hint(name, list(known))}"
+    try:
+        if name:
+            profile_file.load(name)
+    except FileError as error:
+        return f"a good profile: {error}"
+    return ""
 
 
 def _base(

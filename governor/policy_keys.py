@@ -225,8 +225,14 @@ def _check_pairs(pairs: tuple[str, ...]) -> None:
             raise Unexpected(f'"key=glob", such as "app=agent-*"; "app=*" is any value; found {toml_text(pair)}')
 
 
+def _check_profile(text: str) -> None:
+    if text and not text.startswith("/") and not NAME.fullmatch(text):
+        raise Unexpected("a profile's name, or its absolute path")
+
+
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "name": check_name,
+    "profile": _check_profile,
     "signal": check_signal,
     "exec": check_exec,
     "globs": check_globs,

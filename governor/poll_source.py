@@ -1,7 +1,8 @@
 """Crossings without BPF: looks at memory.stat, sooner the less room there is, and at once when the kernel stirs.
 
 `poll` looks at intervals; `psi` is told in between by a PSI trigger and by `memory.events`. Beside BPF it looks once
-a second, so that a lost record costs latency and nothing else. Imported by the real-time process.
+a second, less often where there are many to be looked at, so that a lost record costs latency and nothing else.
+Imported by the real-time process.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from governor import levels, record
-from governor.cgroup import MemoryState, pages, parse_flat_keyed
+from governor.cgroup import MemoryState, figure, pages
 from governor.levels import Track
 from governor.limits import Limits
 from governor.poller import Poller
@@ -21,10 +22,8 @@ from governor.record import HAS_MEMORY, HAS_RATE, HAS_TREND, RISING, Levels, Rec
 POLL, PSI, BPF = 1, 2, 3
 NAMES = {POLL: "poll", PSI: "psi", BPF: "bpf"}
 RECONCILE_NS = 1_000_000_000
-_EACH_NS = 10_000_000  # of the time, for each memcg that is looked at beside BPF
 _HURRY_NS = 5_000_000_000
 _NEVER_NS = (1 << 64) - 1
-_OWN = 0  # key of the governed memcg's growth, whether it has a limit or not
 # 20 ms of stall in half a second; without CAP_SYS_RESOURCE windows are multiples of 2 s (psi_trigger_create)
 _TRIGGERS = (b"some 20000 500000", b"some 80000 2000000")
 
@@ -45,7 +44,6 @@ class PollSource:
         self._limits = limits
         self._poller = poller
         self._tracks: dict[int, Track] = {}
-        self._held: dict[int, int] = {}  # unreclaimable bytes at the last look, by cgroup id
         self._events = False
         self._oom_kills = 0
         self._psi_fd = -1
@@ -81,10 +79,14 @@ class PollSource:
     def _open_events(self) -> None:
         with suppress(OSError):
             fd = self._limits.own.open("memory.events", os.O_RDONLY)
+            try:
+                self._poller.register(fd, self._on_stir, select.EPOLLPRI)
+            except OSError:
+                os.close(fd)
+                raise
             self.fds.append(fd)
             self._events = True
             self._oom_kills = self._read_events()
-            self._poller.register(fd, self._on_stir, select.EPOLLPRI)
 
     def _open_psi(self) -> None:
         memcg = self._limits.own
@@ -95,12 +97,12 @@ class PollSource:
                 return
             try:
                 os.write(fd, trigger + b"\0")
+                self._poller.register(fd, self._on_stir, select.EPOLLPRI)
             except OSError:
                 os.close(fd)
                 continue
             self._psi_fd = fd
             self.fds.append(fd)
-            self._poller.register(fd, self._on_stir, select.EPOLLPRI)
             return
 
     def stirred(self, now_ns: int) -> Record | None:
@@ -119,7 +121,7 @@ class PollSource:
             data = os.pread(self.fds[0], 512, 0) if self._events else b""
         except OSError:  # the memcg is gone
             return 0
-        return parse_flat_keyed(data).get(b"oom_kill", 0)
+        return figure(data, b"oom_kill")
 
     def hurry(self, now_ns: int) -> None:
         """Beside BPF, too, look at the usual intervals for a while: its bound, or its pid, was of no use."""
@@ -137,10 +139,10 @@ class PollSource:
         if found.cgroup_id in self._tracks:
             self._tracks[found.cgroup_id].told(found.level, bool(found.flags & record.HORIZON))
 
-    def look(self, wanted: Levels, now_ns: int, watched: bool, others: int = 0) -> Record | None:
+    def look(self, wanted: Levels, now_ns: int, watched: bool, spared_ns: int = RECONCILE_NS) -> Record | None:
         """Look; a record of the highest crossing. Where BPF has `watched`, only of one that it should have reported.
 
-        Beside BPF the next look is the later the more `others` there are to be looked at.
+        Beside BPF the next look is `spared_ns` later.
 
         When the memcg cannot be read, the descriptors, which would be ready forever, are closed.
         """
@@ -149,16 +151,14 @@ class PollSource:
             self.due_ns = now_ns + RECONCILE_NS
             self.close()
             return None
-        own_grown = self._grown(_OWN, self._limits.own_held_bytes)
         found: Record | None = None
         wait_ns = levels.INTERVAL_MAX_NS
         for memcg, state, _ in seen:
             track = self._tracks.setdefault(memcg.cgroup_id, Track())
             # A limit above is reached by siblings as well: braking helps only where the growth is from inside.
-            by_limit = memcg is self._limits.own and not self._limits.of_machine
-            grown = self._grown(memcg.cgroup_id, state.unreclaimable_bytes)
-            ours = by_limit or (own_grown > 0 and 2 * own_grown >= grown)
-            crossing = track.look(wanted, state.unreclaimable_bytes, state.max_bytes, now_ns, ours)
+            is_shared = memcg is not self._limits.own or self._limits.of_machine
+            part_bytes = self._limits.own_held_bytes if is_shared else None
+            crossing = track.look(wanted, state.unreclaimable_bytes, state.max_bytes, now_ns, part_bytes)
             room_bytes = state.max_bytes - state.unreclaimable_bytes
             wait_ns = min(wait_ns, levels.interval_ns(room_bytes, track.worst_rate_bytes))
             if (
@@ -169,13 +169,8 @@ class PollSource:
                 found = self._record(state, crossing, now_ns)
         self.seen_ids = {one.memcg.cgroup_id for one in seen}
         is_spared = watched and now_ns >= self._hurry_until_ns
-        self.due_ns = now_ns + (max(RECONCILE_NS, others * _EACH_NS) if is_spared else wait_ns)
+        self.due_ns = now_ns + (spared_ns if is_spared else wait_ns)
         return found
-
-    def _grown(self, key: int, held_bytes: int) -> int:
-        before = self._held.get(key, held_bytes)
-        self._held[key] = held_bytes
-        return held_bytes - before
 
     def _record(self, state: MemoryState, crossing: levels.Crossing, now_ns: int) -> Record:
         rate, trend = crossing.fill_rate_bytes, crossing.trend_bytes
@@ -204,5 +199,6 @@ class PollSource:
             self._poller.unregister(fd)
             os.close(fd)
         self.fds.clear()
+        self._on_stir = lambda _: None  # a cycle otherwise, and reflex collects none that are older than a moment
         self._events = self._with_psi = False
         self._psi_fd = -1

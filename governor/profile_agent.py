@@ -10,7 +10,7 @@ from pathlib import Path
 
 from governor.profile import Match
 from governor.session_files import home_of
-from governor.subtree import Stat, read_stat
+from governor.subtree import Stat, read_stat, shares_namespace
 
 _INTERPRETERS = ("node", "nodejs", "bun", "deno", "sh", "bash", "dash", "python*", "pypy*", "ruby", "perl")
 _READ_LIMIT_BYTES = 256 << 10
@@ -62,10 +62,7 @@ def is_alive(agent: Agent) -> bool:
 def is_in_our_namespaces(pid: int) -> bool:
     """Whether paths and pids mean to a process what they mean to us."""
     try:
-        return all(
-            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
-            for kind in ("mnt", "user", "pid")
-        )
+        return all(shares_namespace(pid, kind) for kind in ("mnt", "user", "pid"))
     except OSError:
         return False
 
@@ -75,7 +72,16 @@ def _agent(stat: Stat) -> Agent:
         uid = Path(f"/proc/{stat.pid}").stat().st_uid
     except OSError:
         raise NoAgent(f"process {stat.pid} has ended") from None
-    return Agent(stat.pid, stat.start_ticks, _inner_pid(stat.pid), uid, home_of(stat.pid), stat.comm)
+    home = "/" if lives_elsewhere(stat.pid) else home_of(stat.pid)
+    return Agent(stat.pid, stat.start_ticks, _inner_pid(stat.pid), uid, home, stat.comm)
+
+
+def lives_elsewhere(pid: int) -> bool:
+    """Whether a path that it names is not one of ours; a file system of its own choice is not to be asked."""
+    try:
+        return not shares_namespace(pid, "mnt")
+    except OSError:  # another user's, beside an ordinary one's governor
+        return False
 
 
 def _inner_pid(pid: int) -> int:

@@ -27,6 +27,7 @@ LEVEL_NAMES = ("below", "compact", "arm", "brake", "last")
 _RECORD = struct.Struct("=QQIIIIIIQQQQQQQQ")
 _CONFIG = struct.Struct("=QQQQQ")
 _WATCH = struct.Struct(f"=Q{LEVELS}Q{LEVELS}QQQQQQQQ")
+WATCH_BYTES = _WATCH.size
 TRACK = struct.Struct("=17Q")
 CGROUP_ID = struct.Struct("=Q")
 CONFIG_KEY = struct.pack("=I", 0)
@@ -113,6 +114,7 @@ class Levels(NamedTuple):
     horizon_floor_ppm: int = 700_000
     stall_engage_ns: int = 100_000_000
     max_pages: int = 0
+    holds: bool = True  # False: what reaches the brake level is only told of
 
 
 class Verified(NamedTuple):

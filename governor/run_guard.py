@@ -24,7 +24,7 @@ _SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h; an exec keeps it
 
 
 class GuardProcess:
-    """One guard at a time. `options` has the fields of loop.Guard; None: there is nothing to start."""
+    """One guard at a time. `options` has the fields of guard.Guard; None: there is nothing to start."""
 
     def __init__(self, options: dict[str, Any] | None, agent_pid: int, log: Log | None) -> None:
         self._options = options
@@ -129,7 +129,7 @@ class GuardProcess:
             instance.lock(name)  # of whoever has our pid, and the exec keeps it
         options = json.loads(argument)
         del options["locks"]
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.loop", json.dumps(options)])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "governor.guard_process", json.dumps(options)])
 
 
 class Log:

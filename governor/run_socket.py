@@ -18,18 +18,18 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from binascii import Error as NoBase64
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable
 from typing import Any
 
+from governor.peer import peer_of
+
 _LINE_BYTES = 64 << 10
 _TEXT_LIMIT = 1000
 _CLIENTS = 8
 _PATIENCE_NS = 5_000_000_000
-_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 class _Client:
@@ -125,8 +125,7 @@ class ControlSocket:
         except OSError:
             return
         connection.setblocking(False)
-        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(found)[1] not in (0, os.geteuid()):
+        if peer_of(connection).uid not in (0, os.geteuid()):
             connection.close()
             return
         self._clients[connection.fileno()] = _Client(connection, time.monotonic_ns())

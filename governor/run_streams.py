@@ -40,6 +40,13 @@ def fill_standard_streams() -> None:
             os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # an exec would close it again
 
 
+def end_standard_stream(fd: int) -> None:
+    """It has ended: whoever is at its other side is to see that."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, fd)
+    os.close(null)
+
+
 def _close_all_but(kept: set[int]) -> None:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for fd in {0, 1, 2} - kept:

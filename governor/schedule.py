@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", int, str)
 
 
-class Schedule:
-    """A time for each of some numbered things; finding the earliest does not look at all of them."""
+class Schedule(Generic[Key]):
+    """A time for each of some things; finding the earliest does not look at all of them."""
 
     def __init__(self) -> None:
-        self._at: dict[int, int] = {}
-        self._heap: list[tuple[int, int]] = []  # with times that were given before among them
+        self._at: dict[Key, int] = {}
+        self._heap: list[tuple[int, Key]] = []  # with times that were given before among them
 
-    def set(self, number: int, at_ns: int) -> None:
+    def set(self, key: Key, at_ns: int) -> None:
         """It is due then, and no more when it was to be before."""
-        if self._at.get(number) != at_ns:
-            self._at[number] = at_ns
-            heapq.heappush(self._heap, (at_ns, number))
+        if self._at.get(key) != at_ns:
+            self._at[key] = at_ns
+            heapq.heappush(self._heap, (at_ns, key))
 
-    def drop(self, number: int) -> None:
+    def drop(self, key: Key) -> None:
         """It is never due any more."""
-        self._at.pop(number, None)
+        self._at.pop(key, None)
 
-    def due(self, now_ns: int) -> Iterator[int]:
+    def due(self, now_ns: int) -> Iterator[Key]:
         """Whatever is due, each once and no more until its time is set again; earliest first."""
         while (next_ns := self.next_ns()) is not None and next_ns <= now_ns:
-            _, number = heapq.heappop(self._heap)
-            del self._at[number]
-            yield number
+            _, key = heapq.heappop(self._heap)
+            del self._at[key]
+            yield key
 
     def next_ns(self) -> int | None:
         """When the next one is due; None where there is none."""

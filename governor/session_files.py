@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from governor.subtree import shares_namespace
+
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NONBLOCK: a FIFO must not hang us
 _WILD = "*?["
 _ENVIRONMENT_BYTES = 1 << 20
@@ -90,6 +92,11 @@ def home_of(pid: int) -> str:
             return home
     except (OSError, ValueError):  # it has ended, or there is no such directory
         pass
+    return home_of_user(pid)
+
+
+def home_of_user(pid: int) -> str:
+    """The home of the user that a process runs as, "/" where that is not known."""
     try:
         return pwd.getpwuid(Path(f"/proc/{pid}").stat().st_uid).pw_dir
     except (OSError, KeyError):
@@ -97,8 +104,7 @@ def home_of(pid: int) -> str:
 
 
 def _is_as_we_are(pid: int, uid: int) -> bool:
-    mounts = Path("/proc/self/ns/mnt").stat().st_ino
-    return uid == os.geteuid() and Path(f"/proc/{pid}/ns/mnt").stat().st_ino == mounts
+    return uid == os.geteuid() and shares_namespace(pid, "mnt")
 
 
 def environment_of(pid: int, name: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from governor import model
 from governor.cgroup import MemoryState
 from governor.codec import plain
 from governor.container import Container
 from governor.journal import printable
-from governor.record import LEVEL_NAMES
+from governor.record import LEVEL_NAMES, PPM, Levels
 
 _MS = 1_000_000
 _TEXT_LIMIT = 400  # characters of any one text
@@ -42,18 +43,22 @@ class Standing:
     state: model.State
     frozen_for_ns: int | None = None  # None: it is not held
     decided: Decided | None = None
+    levels: Levels | None = None  # of its policy
+    freed_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier, since this governor governs it
+    inside_guard_pid: int = 0  # of the guard in the container that delivers for this one; 0: there is none
+    led_from_outside: bool = False  # the same from its side: somebody outside brakes, archives and terminates
 
     @property
     def names(self) -> tuple[str, str, str]:
         """Namespace, pod and container: escaped, and never all empty."""
-        known = self.container
-        if known is None:
-            return ("", "", shown(self.cgroup.rsplit("/", 1)[-1]))
-        return (
-            shown(known.namespace),
-            shown(known.pod or known.pod_uid),
-            shown(known.name or known.container_id[:12]),
-        )
+        return names_of(self.container, self.cgroup)
+
+
+def names_of(known: Container | None, cgroup: str) -> tuple[str, str, str]:
+    """Namespace, pod and container: escaped, and never all empty."""
+    if known is None:
+        return ("", "", shown(cgroup.rsplit("/", 1)[-1]))
+    return shown(known.namespace), shown(known.pod or known.pod_uid), shown(known.name or known.container_id[:12])
 
 
 def shown(text: str) -> str:
@@ -95,4 +100,14 @@ def as_json(standing: Standing, boottime_ns: int) -> dict[str, object]:
             "reason": printable(decided.reason)[:_TEXT_LIMIT],
             "ago_s": max(0, boottime_ns - decided.at_ns) // 1_000_000_000,
         },
+        "levels": levels_by_name(standing.levels) if standing.levels else {},
+        "freed_bytes": dict(standing.freed_bytes),
+        "inside_guard_pid": standing.inside_guard_pid,
+        "led_from_outside": standing.led_from_outside,
     }
+
+
+def levels_by_name(levels: Levels) -> dict[str, float]:
+    """Where each level engages, as a share of max; those that a policy never reaches are left out."""
+    engaged = zip(LEVEL_NAMES[1:], levels.engage_ppm, strict=True)
+    return {name: ppm / PPM for name, ppm in engaged if ppm <= PPM}

@@ -20,9 +20,11 @@ import orjson
 from governor import instance
 from governor.codec import plain, restored
 from governor.model import Braked, State, TierState
+from governor.pods import place_of
 
 VERSION = 3
 _LIMIT_BYTES = 1 << 20
+_ABSENT_S = 86400.0  # what is younger may be of a governor that sees other cgroups
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -80,6 +82,20 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
         return _understood(orjson.loads(data), target), ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path} is not a state of this target ({error}): beginning anew{_set_aside(path)}"
+
+
+def sweep_containers(cgroup_root: str) -> int:
+    """Remove what is about containers that went while nobody looked, and never come again; how many."""
+    removed = 0
+    for path in instance.state_directory().glob("state-*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not ours, or gone
+            if time.time() - path.lstat().st_mtime < _ABSENT_S:
+                continue
+            target = orjson.loads(_read(path))["target"]
+            if place_of(target.removeprefix(cgroup_root)) and not Path(target).exists():
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def _sweep(path: Path) -> None:

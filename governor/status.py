@@ -5,14 +5,14 @@ each of the next targets, and then of the governor:
 
     {"type": "target", ...}       the fields of standing.as_json
     {"type": "status", "pid": PID, "version": TEXT, "resident_bytes": N, "reflex_pid": PID,
-     "reflex_resident_bytes": N, "targets": N, "next": SLOT}
-                                  next: what to ask for next, null at the end
+     "reflex_resident_bytes": N, "targets": N, "faults": [TEXT], "next": SLOT}
+                                  faults: as /healthz has them; next: what to ask for next, null at the end
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from governor import __version__
 from governor.standing import Standing, as_json
@@ -25,7 +25,11 @@ Line = tuple[str, Mapping[str, object]]  # its type, and the other fields
 
 
 def page(
-    standing_of: Mapping[int, Callable[[], Standing]], after: int, reflex_pid: int, boottime_ns: int
+    standing_of: Mapping[int, Callable[[], Standing]],
+    after: int,
+    reflex_pid: int,
+    boottime_ns: int,
+    faults: Sequence[str] = (),
 ) -> Iterator[Line]:
     """The answer; `standing_of` by slot."""
     slots = sorted(slot for slot in standing_of if slot > after)
@@ -40,6 +44,7 @@ def page(
             "reflex_pid": reflex_pid,
             "reflex_resident_bytes": resident_bytes(reflex_pid) if reflex_pid else 0,
             "targets": len(standing_of),
+            "faults": list(faults),
             "next": slots[PAGE_TARGETS - 1] if len(slots) > PAGE_TARGETS else None,
         },
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,16 @@ import typer
 from governor import instance
 from governor.cli_common import JsonOption, fail
 from governor.journal import printable
+from governor.peer import peer_of
 from governor.status import NODE_SOCKET
 
-_PATIENCE_S = 5.0
+_PATIENCE_S, _LED_PATIENCE_S = 5.0, 1.0
 _LINE_LIMIT_BYTES = 64 << 10
 _PAGES_LIMIT = 10_000
+_NOT_WELL = 3
 _GAP_S = 0.012  # a subscriber may say a hundred lines a second
-_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid of SO_PEERCRED
 _MIB = 1 << 20
+LED = "a governor outside leads: brake, shed and terminate are its own, and only a hold on its node forbids them"
 
 Answer = dict[str, Any]
 
@@ -35,7 +36,7 @@ class Unanswered(Exception):
 def status(json: JsonOption = False) -> None:
     """Say what is governed here, how it stands, and what was decided last.
 
-    Exits 1 if no governor runs here that would tell this user.
+    Exits 1 if no governor runs here that would tell this user, 3 if one that does is not well (as /healthz has it).
     """
     governors: dict[int, tuple[Answer, list[Answer]]] = {}
     unanswered = []
@@ -54,9 +55,14 @@ def status(json: JsonOption = False) -> None:
     if json:
         said = [{"governor": about, "targets": targets} for about, targets in governors.values()]
         typer.echo(orjson.dumps(said).decode())
-        return
-    for about, targets in governors.values():
-        show(about, targets)
+    else:
+        for about, targets in governors.values():
+            show(about, targets)
+    faults = [fault for about, _ in governors.values() for fault in about.get("faults", [])]
+    for fault in faults:
+        typer.echo(printable(f"governor: not well: {fault}"), err=True)
+    if faults:
+        raise typer.Exit(_NOT_WELL)
 
 
 def sockets() -> list[Path]:
@@ -69,17 +75,16 @@ def sockets() -> list[Path]:
     return found
 
 
-def connect(path: Path) -> tuple[int, socket.socket]:
+def connect(path: Path, patience_s: float = _PATIENCE_S) -> tuple[int, socket.socket]:
     """The pid of the governor that listens there, and the connection; raises Unanswered, OSError."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_PATIENCE_S)
+    connection.settimeout(patience_s)
     try:
         connection.connect(str(path))
     except OSError:
         connection.close()
         raise
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    pid, uid = peer_of(connection)
     if uid not in (0, os.geteuid()):
         connection.close()
         raise Unanswered(f"found a socket of user {uid}, expected root's or one's own")
@@ -145,7 +150,7 @@ def show(about: Answer, targets: list[Answer]) -> None:
     table.add_column("agent", no_wrap=True, justify="right")
     for one in targets:
         cells = (
-            _name(one),
+            name_of(one),
             *_memory(one),
             _state(one),
             one["source"] or "none",
@@ -155,12 +160,34 @@ def show(about: Answer, targets: list[Answer]) -> None:
         table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
     for one in targets:
+        said = [led] if (led := led_by(one)) else []
         if decided := one["decided"]:
-            text = f"{_name(one)}: {decided['what']}, {_ago(decided['ago_s'])} ago: {decided['reason']}"
-            console.print(Text(printable(text)), soft_wrap=True)
+            said.append(f"{decided['what']}, {_ago(decided['ago_s'])} ago: {decided['reason']}")
+        for text in said:
+            console.print(Text(printable(f"{name_of(one)}: {text}")), soft_wrap=True)
 
 
-def _name(one: Answer) -> str:
+def is_led(cgroup_id: int) -> bool:
+    """Whether the guard of a memcg says that a governor outside its container leads."""
+    try:
+        _, connection = connect(instance.run_directory() / f"memcg-{cgroup_id}.sock", _LED_PATIENCE_S)
+        with connection:
+            return any(one.get("led_from_outside") is True for one in ask(connection)[1])
+    except (Unanswered, OSError):  # who is held with its container, say: it is not known
+        return False
+
+
+def led_by(one: Answer) -> str:
+    """Who does what where a container has a guard of its own and the node a daemon; "" where one does all."""
+    if one.get("led_from_outside"):
+        return LED
+    if pid := one.get("inside_guard_pid"):
+        return f"compact and clear are left to governor run in it (its guard is process {pid})"
+    return ""
+
+
+def name_of(one: Answer) -> str:
+    """Namespace, pod and container of a target, or what its cgroup is called."""
     return "/".join(part for part in (one["namespace"], one["pod"], one["container"]) if part)
 
 

@@ -23,6 +23,8 @@ A subscriber says:
     {"type": "status", "after": SLOT}   how things stand, answered as `status` has it; only to root and
                                         governor's own user
 
+A governor outside the container that this one is in leads it instead: see `led`.
+
 An acknowledgement ends a request and nothing else: brake, archive and terminate wait for nobody. Who sends what is no
 such line, or more than 100 lines a second, or does not read, is cut off. Of the 32 places 8 are root's, and no other
 user has more than 12; who has said nothing yet makes room for who comes later.
@@ -31,32 +33,30 @@ user has more than 12; who has said nothing yet makes room for who comes later.
 from __future__ import annotations
 
 import os
-import select
 import socket
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from governor.line_socket import Bounds, Garbled, LineSocket
 from governor.model import Status, Tier
+from governor.peer import Peer, peer_of
 from governor.poller import Poller
 from governor.record import LEVEL_NAMES, PAGE_BYTES, Record
 
 VERSION = 1
-_LINE_LIMIT_BYTES = 16 << 10
-_BACKLOG_LIMIT_BYTES = 256 << 10  # said and not read yet
 _SUBSCRIBERS_LIMIT = 32
 _ROOTS_PLACES = 8  # of these
 _PLACES_EACH = 12  # of a user who is not root
 _LINES_A_SECOND = 100
+_BOUNDS = Bounds(line_bytes=16 << 10, lines=_LINES_A_SECOND, backlog_bytes=256 << 10)
 _CHANGE_NS = 1_000_000_000  # who can do what is told on no more often: each time costs a line and a file
 _REASON_LIMIT = 300
-_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid of SO_PEERCRED
-_ASKED_FOR = {tier.value: tier for tier in (Tier.COMPACT, Tier.CLEAR)}
-_ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed": Status.FAILED}
+ASKED_FOR = {tier.value: tier for tier in (Tier.COMPACT, Tier.CLEAR)}
+ANSWERS = {"delivered": Status.DELIVERED, "deferred": Status.DEFERRED, "failed": Status.FAILED}
 
 TOLD = frozenset(  # of the journal's kinds
     {
@@ -69,19 +69,13 @@ TOLD = frozenset(  # of the journal's kinds
 Answer = Callable[[Tier, Status, str], None]
 
 
-class _Garbled(Exception):
-    """A subscriber says what the protocol does not know."""
-
-
 @dataclass(slots=True, eq=False)
 class _Subscriber:
     connection: socket.socket
-    uid: int
+    link: LineSocket  # over it
+    peer: Peer
     can: frozenset[Tier] = frozenset()
-    heard: bytes = b""
     has_spoken: bool = False
-    lines: int = 0  # in this second
-    backlog: bytearray = field(default_factory=bytearray)
 
 
 @dataclass(slots=True)
@@ -109,6 +103,10 @@ class Subscribers:
         self.allowed_uids: frozenset[int] = frozenset({0, os.geteuid()})
         self.on_answer: Answer = lambda *_: None
         self.on_status: Callable[[int], Iterable[tuple[str, Mapping[str, object]]]] = lambda after: ()
+        # What only somebody outside our PID namespace may say, and that somebody has left: by their descriptors
+        self.on_leader: Callable[[int, Mapping[str, object]], bool] = lambda fd, said: False  # whether it is known
+        self.on_left: Callable[[int], None] = lambda fd: None
+        self.leader_fd = -1  # it hears what is said to it, and nothing else
         self.on_change: Callable[[], None] = lambda: None  # who can do what is different now; from check_deadlines()
 
     def listen(self, path: Path) -> None:
@@ -138,8 +136,23 @@ class Subscribers:
 
     def tell(self, message: str, /, **fields: object) -> None:
         """Say it to everybody."""
-        for subscriber in list(self._subscribers.values()):
+        for fd, subscriber in list(self._subscribers.items()):
+            if fd != self.leader_fd:
+                self._say(subscriber, message, fields)
+
+    def say_to(self, fd: int, message: str, /, **fields: object) -> None:
+        """Say it to one, if it is still there."""
+        if subscriber := self._subscribers.get(fd):
             self._say(subscriber, message, fields)
+
+    def hear(self, fd: int) -> None:
+        """Take what one has said by now; no longer a subscriber: nothing happens."""
+        self._on_ready(fd)
+
+    def drop(self, fd: int) -> None:
+        """Hang up on one."""
+        if subscriber := self._subscribers.get(fd):
+            self._drop(subscriber)
 
     def tell_level(self, crossing: Record) -> None:
         """A level was crossed."""
@@ -178,7 +191,7 @@ class Subscribers:
         if now_ns // 1_000_000_000 != self._second:
             self._second = now_ns // 1_000_000_000
             for subscriber in self._subscribers.values():
-                subscriber.lines = 0
+                subscriber.link.lines = 0
         if self._has_changed and (self._change_told_ns is None or now_ns - self._change_told_ns >= _CHANGE_NS):
             self._has_changed, self._change_told_ns = False, now_ns
             self.on_change()
@@ -203,12 +216,13 @@ class Subscribers:
             connection, _ = server.accept()
         except OSError:  # gone again, or no descriptor left
             return
-        uid = _uid_of(connection)
-        if uid not in self.allowed_uids or not self._has_room(uid):
+        peer = peer_of(connection)
+        if peer.uid not in self.allowed_uids or not self._has_room(peer.uid):
             connection.close()
             return
         connection.setblocking(False)
-        subscriber = _Subscriber(connection, uid)
+        link = LineSocket(connection, self._poller, _BOUNDS)
+        subscriber = _Subscriber(connection, link, peer)
         self._subscribers[connection.fileno()] = subscriber
         self._poller.register(connection.fileno(), self._on_ready)
         self._say(subscriber, "hello", {"version": VERSION, **self._hello()})
@@ -216,9 +230,9 @@ class Subscribers:
     def _on_ready(self, fd: int) -> None:
         if subscriber := self._subscribers.get(fd):
             try:
-                self._flush(subscriber)
+                subscriber.link.flush()
                 self._hear(subscriber)
-            except (OSError, EOFError, _Garbled):
+            except (OSError, EOFError, Garbled):
                 self._drop(subscriber)
 
     def _has_room(self, uid: int) -> bool:
@@ -226,9 +240,9 @@ class Subscribers:
         among = list(self._subscribers.values())
         limit = _SUBSCRIBERS_LIMIT
         if uid != 0:
-            among = [one for one in among if one.uid != 0]
+            among = [one for one in among if one.peer.uid != 0]
             limit -= _ROOTS_PLACES
-            own = [one for one in among if one.uid == uid]
+            own = [one for one in among if one.peer.uid == uid]
             if len(own) >= _PLACES_EACH:
                 among, limit = own, _PLACES_EACH
         if len(among) < limit:
@@ -239,47 +253,23 @@ class Subscribers:
         return silent is not None
 
     def _say(self, subscriber: _Subscriber, message: str, fields: Mapping[str, object]) -> None:
-        subscriber.backlog += orjson.dumps({"type": message, **fields}) + b"\n"
         try:
-            self._flush(subscriber)
+            subscriber.link.say(message, fields)
         except OSError:
-            with suppress(OSError, EOFError, _Garbled):  # an acknowledgement that it sent before it left
+            with suppress(OSError, EOFError, Garbled):  # an acknowledgement that it sent before it left
                 self._hear(subscriber)
             self._drop(subscriber)
 
-    def _flush(self, subscriber: _Subscriber) -> None:
-        """Raises OSError when it is gone, or does not read."""
-        with suppress(BlockingIOError):
-            while subscriber.backlog:
-                sent = subscriber.connection.send(subscriber.backlog)
-                del subscriber.backlog[:sent]
-        if len(subscriber.backlog) > _BACKLOG_LIMIT_BYTES:
-            raise BrokenPipeError
-        wanted = select.EPOLLIN | (select.EPOLLOUT if subscriber.backlog else 0)
-        self._poller.modify(subscriber.connection.fileno(), wanted)
-
     def _hear(self, subscriber: _Subscriber) -> None:
-        """Raises EOFError at its end, _Garbled for what is no line of the protocol, OSError."""
-        try:
-            data = subscriber.connection.recv(_LINE_LIMIT_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            raise EOFError
-        *lines, subscriber.heard = (subscriber.heard + data).split(b"\n")
-        if len(subscriber.heard) > _LINE_LIMIT_BYTES:
-            raise _Garbled
-        for line in lines:
+        """Raises as LineSocket.hear()."""
+        for line in subscriber.link.hear():
             self._on_line(subscriber, line)
 
     def _on_line(self, subscriber: _Subscriber, line: bytes) -> None:
-        subscriber.lines += 1
-        if subscriber.lines > _LINES_A_SECOND:
-            raise _Garbled
         try:
             said = orjson.loads(line)
             if said["type"] == "subscribe":
-                can = frozenset(_ASKED_FOR[what] for what in said["can"])
+                can = frozenset(ASKED_FOR[what] for what in said["can"])
                 self._has_changed |= can != subscriber.can
                 subscriber.can, subscriber.has_spoken = can, True
                 fd = subscriber.connection.fileno()
@@ -287,16 +277,18 @@ class Subscribers:
             elif said["type"] == "ack":
                 reason = said.get("reason", "")
                 if not isinstance(reason, str):
-                    raise _Garbled
-                self._acknowledged(subscriber, said["id"], _ANSWERS[said["status"]], reason)
-            elif said["type"] == "status" and subscriber.uid in (0, os.geteuid()):
+                    raise Garbled
+                self._acknowledged(subscriber, said["id"], ANSWERS[said["status"]], reason)
+            elif said["type"] == "status" and subscriber.peer.uid in (0, os.geteuid()):
                 subscriber.has_spoken = True
                 for message, fields in self.on_status(_integer(said["after"])):
                     self._say(subscriber, message, fields)
+            elif subscriber.peer.pid == 0 and self.on_leader(subscriber.connection.fileno(), said):
+                subscriber.has_spoken = True
             else:
-                raise _Garbled
+                raise Garbled
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _Garbled from error
+            raise Garbled from error
 
     def _acknowledged(self, subscriber: _Subscriber, number: int, status: Status, reason: str) -> None:
         for tier, request in self._requests.items():
@@ -315,15 +307,10 @@ class Subscribers:
             del self._requests[tier]
             self.on_answer(tier, Status.FAILED, "who was asked for it is gone")
         self._has_changed |= bool(subscriber.can)
+        self.on_left(fd)
 
 
 def _integer(value: object) -> int:
     if not isinstance(value, int):
-        raise _Garbled
+        raise Garbled
     return value
-
-
-def _uid_of(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(credentials)[1]
-    return uid

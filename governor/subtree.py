@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _SHELLS = {"sh", "bash", "dash", "ash", "busybox"}  # may go on after what they started
+RUN_COMM = "governor-run"  # as `governor run` calls itself
 # Start one program and wait for it: SIGTERM is for what they started.
 WRAPPERS = _SHELLS | {
-    *("governor-run", "tini", "dumb-init", "docker-init", "catatonit"),
+    *(RUN_COMM, "tini", "dumb-init", "docker-init", "catatonit"),
     *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
 }
+_READ_BYTES = 65536
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of linux/proc_ns.h: the machine's
 
 
@@ -70,6 +72,17 @@ def read_stat(pid: int) -> Stat | None:
         return None
 
 
+def comm_of(pid: int) -> str:
+    """What a process calls itself; "" when it is gone."""
+    stat = read_stat(pid)
+    return stat.comm if stat else ""
+
+
+def shares_namespace(pid: int, kind: str) -> bool:
+    """Whether a process is in the same namespace as this one: "mnt", "user" ... (/proc/PID/ns). Raises OSError."""
+    return os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
+
+
 def ancestors(pid: int) -> list[int]:
     """A process and those that it descends from."""
     chain = [pid]
@@ -85,13 +98,23 @@ def memcg_pids(path: str) -> list[int]:
     while directories:
         directory = directories.pop()
         try:
-            with open(f"{directory}/cgroup.procs", "rb") as listed:  # noqa: PTH123  no pathlib here
-                pids += [int(pid) for pid in listed.read().split() if pid != b"0"]
+            pids += [int(pid) for pid in _whole(f"{directory}/cgroup.procs").split() if pid != b"0"]
+            if os.stat(directory).st_nlink == 2:  # noqa: PTH116  nothing is below, and 70 files need not be listed
+                continue
             with os.scandir(directory) as entries:
                 directories += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError:
             continue
     return pids
+
+
+def _whole(path: str) -> bytes:
+    """All of a file that may be long; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, _READ_BYTES), b""))
+    finally:
+        os.close(fd)
 
 
 def descendants(root_pid: int, without_pid: int = 0) -> list[Stat]:
@@ -124,7 +147,7 @@ def oldest_other(memcg_path: str, governor_pid: int) -> Stat | None:
     if first and in_container() and not is_wrapper(first.pid, first.comm):
         return first
     untouchable = _untouchable(found, governor_pid)
-    running = [stat for stat in found.values() if not stat.ended and stat.comm != "governor-run"]
+    running = [stat for stat in found.values() if not stat.ended and stat.comm != RUN_COMM]
     others = [stat for stat in running if stat.pid not in untouchable]
     return min(others, key=lambda stat: (stat.start_ticks, stat.pid), default=None)
 

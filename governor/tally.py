@@ -78,6 +78,7 @@ class _Target:
     frozen_ns: int | None = None
     freed: tuple[str, int, int] | None = None  # a tier that killed, the bytes before it, and when: boottime
     decided: Decided | None = None
+    freed_bytes: Counter[str] = field(default_factory=Counter)  # by tier
 
 
 class Tally:
@@ -97,6 +98,7 @@ class Tally:
         self.other = Series(OTHER)
         self._limit = series_limit
         self._series: dict[Names, Series] = {}
+        self._gone: dict[Names, Series] = {}  # of these, without a member; who went first comes first
         self._targets: dict[int, _Target] = {}
 
     # Who is governed
@@ -113,6 +115,7 @@ class Tally:
             series = Series(names) if len(self._series) < self._limit and names != OTHER else self.other
             if series is not self.other:
                 self._series[names] = series
+        self._gone.pop(names, None)
         series.members += 1
         self._targets[slot] = _Target(series)
 
@@ -120,8 +123,11 @@ class Tally:
         """A target is governed no more."""
         self.thawed(slot, now_ns)
         if target := self._targets.pop(slot, None):
-            target.series.members -= 1
-            target.series.gone_ns = now_ns
+            series = target.series
+            series.members -= 1
+            series.gone_ns = now_ns
+            if not series.members and series is not self.other:
+                self._gone[series.names] = series
 
     def series(self, now_ns: int) -> list[Series]:
         """All that are to be shown now; OTHER once it has counted anything."""
@@ -140,6 +146,11 @@ class Tally:
         target = self._targets.get(slot)
         return target.decided if target else None
 
+    def freed_bytes_of(self, slot: int) -> dict[str, int]:
+        """What each tier has freed of a slot, since it has its names."""
+        target = self._targets.get(slot)
+        return dict(target.freed_bytes) if target else {}
+
     def frozen_for_ns(self, slot: int, now_ns: int) -> int | None:
         """How long it has been held; None if it is not."""
         target = self._targets.get(slot)
@@ -156,12 +167,11 @@ class Tally:
 
     def _forget_gone(self, now_ns: int, make_room: bool = False) -> None:
         """Those whose time is over; to make room in a full table also the one that went first."""
-        gone = [one for one in self._series.values() if not one.members]
-        over = [one for one in gone if now_ns - one.gone_ns >= GRACE_NS]
-        if make_room and not over and gone and len(self._series) >= self._limit:
-            over = [min(gone, key=lambda one: one.gone_ns)]
-        for one in over:
-            del self._series[one.names]
+        while self._gone:
+            names, first = next(iter(self._gone.items()))
+            if now_ns - first.gone_ns < GRACE_NS and not (make_room and len(self._series) >= self._limit):
+                break
+            del self._gone[names], self._series[names]
 
     # What reflex says
 
@@ -215,7 +225,7 @@ class Tally:
         if not dry_run:
             self._outcome(target, event, before, at_ns)
         for instruction in instructions:
-            self._decided(target, instruction, at_ns, dry_run)
+            self._decided(target, instruction, before, at_ns, dry_run)
 
     def _outcome(self, target: _Target, event: model.Event, before: model.State, at_ns: int) -> None:
         held_bytes = before.held.state.unreclaimable_bytes if before.held else 0
@@ -236,13 +246,15 @@ class Tally:
                 tier_name, before_bytes, since_ns = target.freed
                 if at_ns - since_ns >= _GIVEN_BACK_NS:
                     target.freed = None
-                    self.freed_bytes[tier_name] += max(0, before_bytes - state.unreclaimable_bytes)
+                    self._freed(target, tier_name, before_bytes - state.unreclaimable_bytes)
 
-    def _decided(self, target: _Target, instruction: model.Instruction, at_ns: int, dry_run: bool) -> None:
+    def _decided(
+        self, target: _Target, instruction: model.Instruction, before: model.State, at_ns: int, dry_run: bool
+    ) -> None:
         begun = "dry_run" if dry_run else "begun"
         match instruction:
             case model.Settled(tier=tier, freed_bytes=freed_bytes, useless=useless):
-                self.freed_bytes[tier.value] += max(0, freed_bytes)
+                self._freed(target, tier.value, freed_bytes, getattr(before, tier.value).isolated)
                 self._count(tier.value, "no_use" if useless else "of_use")
                 return
             case model.Withheld(tier=tier, reason=reason):
@@ -259,6 +271,11 @@ class Tally:
         if begun == "begun":
             target.series.actions[name] += 1
         target.decided = Decided(name if begun == "begun" else f"{name} ({begun})", reason, at_ns)
+
+    def _freed(self, target: _Target, tier: str, freed_bytes: int, isolated: bool = True) -> None:
+        """What another step may have freed meanwhile is not put down to this one where people look at one target."""
+        self.freed_bytes[tier] += max(0, freed_bytes)
+        target.freed_bytes[tier] += max(0, freed_bytes) if isolated else 0
 
     def _count(self, action: str, outcome: str) -> None:
         self.actions[action, outcome] += 1

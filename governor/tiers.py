@@ -135,6 +135,11 @@ def interrupted(tier: TierState, now_ns: int) -> TierState:
     return replace(tier, status=Status.DELIVERED, at_ns=now_ns, delivered_ns=now_ns, isolated=False)
 
 
+def lost(tier: TierState) -> TierState:
+    """What was under way does not come to its end any more."""
+    return replace(tier, status=Status.FAILED) if tier.status in UNDER_WAY else tier
+
+
 def judged(
     name: Tier, tier: TierState, delivery: Asking, memory: MemoryState, now_ns: int
 ) -> tuple[TierState, tuple[Settled, ...]]:

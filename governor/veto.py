@@ -33,10 +33,15 @@ def is_over(path: Path) -> bool:
 def _read(path: Path) -> int:
     """Until when, on the boottime clock; 0 where that cannot be read."""
     try:
-        with path.open("rb", buffering=0) as file:
-            return int(file.read(_READ_BYTES) or b"")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # at each sample: mostly there is none
+    except OSError:
+        return 0
+    try:
+        return int(os.read(fd, _READ_BYTES))
     except (OSError, ValueError):
         return 0
+    finally:
+        os.close(fd)
 
 
 def _left_ns(until_ns: int) -> int:

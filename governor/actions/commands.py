@@ -103,19 +103,19 @@ class Commands:
                 return path, ""
         return "", why_not
 
-    def _cleaning(self, path: str) -> Callable[[], str]:
-        def clean_up() -> str:
+    def _cleaning(self, path: str) -> Callable[[bool], str]:
+        def clean_up(is_dead: bool) -> str:
             try:
                 events = cgroup.parse_flat_keyed(Path(path, "memory.events").read_bytes())
             except OSError:
                 events = {}
-            self._remove(path)
+            self._remove(path, _REMOVE_S if is_dead else 0)
             return f"it was over its {MEMORY_MAX_BYTES >> 20} MiB" if events.get(b"oom_kill") else ""
 
         return clean_up
 
-    def _remove(self, path: str) -> None:
-        if path and not remove_memcg(path, _REMOVE_S):
+    def _remove(self, path: str, within_s: float = _REMOVE_S) -> None:
+        if path and not remove_memcg(path, within_s):
             self._left.append(path)
 
 

@@ -79,6 +79,9 @@ def processes(path: str) -> list[Process]:
     return [process for pid in memcg_pids(path) if (process := read_process(pid))]
 
 
+GUARD_COMM = "governor-guard"  # which `governor run` starts beside the agent
+
+
 def leader(path: str) -> Process | None:
     """The process that the memcg was made for: the oldest whose parent is outside, or what it merely wraps."""
     found = [process for process in processes(path) if process.rss_bytes]  # without those that ended
@@ -86,7 +89,7 @@ def leader(path: str) -> Process | None:
     tops = [process for process in found if process.parent_pid not in pids]
     top = min(tops, key=lambda process: (process.start_ticks, process.pid), default=None)
     while top and is_wrapper(top.pid, top.comm):
-        inner = [process for process in found if process.parent_pid == top.pid]
+        inner = [process for process in found if process.parent_pid == top.pid and process.comm != GUARD_COMM]
         if len(inner) != 1:
             break
         top = inner[0]
@@ -222,6 +225,12 @@ def kill_tree(
             break
         hit |= {(process.pid, process.start_ticks): process for process in killed}
     return list(hit.values())
+
+
+def kill_all_but(memcg_path: str, spare: Collection[int]) -> list[Process]:
+    """SIGKILL every process of a memcg but these, and who must not be hit, as in kill_tree(); who was hit."""
+    everybody = [(process.pid, process.start_ticks) for process in processes(memcg_path)]
+    return kill_tree(memcg_path, 0, 0, spare, everybody)
 
 
 def kill_named(memcg_path: str, names: Collection[str], own: Collection[tuple[int, int]] | None) -> list[Process]:

@@ -30,12 +30,7 @@ def write_inside(reason: str, door: inside.Door) -> bool:
     """As write(), by a child that goes where the agent lives, and stays, as its user: what is mounted there may be
     anybody's. Raises OSError.
     """
-    own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # its /proc has no entry for us
-    inhabitant = inside.who(door)
-    inside.hide()
-    inside.enter_mounts(door)
-    inside.become(inhabitant.uid, inhabitant.gid, inhabitant.groups)
-    return write_below("/", reason, lambda seen, flags: os.open(str(seen), flags, dir_fd=own_fds))
+    return write_below("/", reason, inside.move_in(door, inside.who(door)))
 
 
 def write_below(root: str, reason: str, reopen: Reopen = reopen_by_proc) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import struct
 import time
 import unicodedata
 from base64 import b64decode, b64encode
@@ -21,6 +20,7 @@ import orjson
 
 from governor.channels.terminal import ChannelError, down_to
 from governor.journal import printable
+from governor.peer import peer_of
 
 CALL_S = 2.0
 _ANSWER_LIMIT_BYTES = 1 << 20
@@ -30,7 +30,6 @@ _OVERLAP_BYTES = 16 << 10
 _REASON_LIMIT = 200
 _RENDER_S = 10.0  # of CPU time; 256 KiB of usual output take about half a second
 _PIECE_BYTES = 256  # a full scroll of the largest screen is 6 bytes, and takes 20 ms or more
-_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 _ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")
 _TOKEN = re.compile(
@@ -90,8 +89,7 @@ class PtyTerminal:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(CALL_S)
                 connection.connect(self._path)
-                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                _, uid, _ = _CREDENTIALS.unpack(credentials)
+                uid = peer_of(connection).uid
                 if os.geteuid() != 0 and uid not in (0, os.geteuid()):
                     raise ChannelError(f"{printable(self._path)} is another user's ({uid})")
                 connection.sendall(orjson.dumps(request) + b"\n")

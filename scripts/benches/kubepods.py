@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection
@@ -64,7 +66,8 @@ class Kubepods:
         said = {"container-type": "container", "sandbox-namespace": "agents", "container-name": "agent"}
         said |= {"sandbox-name": f"pod-{number}"}
         annotations = {f"io.kubernetes.cri.{key}": value for key, value in said.items()}
-        bundle.write_text(json.dumps({"annotations": annotations, "process": {"env": []}}))
+        config = {"annotations": annotations, "process": {"env": []}, "linux": {"namespaces": []}}
+        bundle.write_text(json.dumps(config))  # its processes have the machine's mounts
         above = self._above / f"pod{uuid.UUID(int=number)}"
         self._make(above)
         pod = Pod(container_id, above / container_id, bundle, time.monotonic_ns())
@@ -111,7 +114,10 @@ class Daemon:
         (policies / "10-agents.toml").write_text(POLICY.format(scratch=scratch))
         self._log = scratch / "daemon.log"
         command = [sys.executable, "-m", "governor", "daemon", "--instance", INSTANCE, "--policies", policies]
-        command += ["--state", self.state, "--host-root", host]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self._address = "{}:{}".format(*unused.getsockname())
+        command += ["--state", self.state, "--host-root", host, "--listen", self._address]
         environment = {**os.environ, "XDG_STATE_HOME": str(scratch)}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stderr=log, env=environment)
@@ -125,6 +131,12 @@ class Daemon:
                 sys.exit(f"scripts/bench: governor daemon has not {what}; its log ends:\n{self.log()[-4000:]}")
             time.sleep(0.05)
         return found
+
+    def counted(self, metric: str) -> int:
+        """A counter of /metrics."""
+        with urllib.request.urlopen(f"http://{self._address}/metrics", timeout=PATIENCE_S) as answer:
+            told = [line.split() for line in answer.read().decode().splitlines()]
+        return int(next(float(words[1]) for words in told if words[:1] == [metric]))
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")

@@ -183,7 +183,7 @@ def churn(daemon: Daemon, kubepods: Kubepods, for_s: float) -> None:
     for pod in warm:
         kubepods.remove(pod)
     settled(daemon)
-    before = leavings(daemon)
+    before, found = leavings(daemon), daemon.counted("governor_containers_found_total")
     made: list[Pod] = []
     living: list[Pod] = []
     cpu = {name: cpu_ns(pid) for name, pid in daemon.pids.items()}
@@ -203,11 +203,13 @@ def churn(daemon: Daemon, kubepods: Kubepods, for_s: float) -> None:
     settled(daemon)
     governed = {line["container"]["container_id"]: line["monotonic_ns"] for line in daemon.node_lines("governed")}
     took = sorted((governed[p.container_id] - p.made_ns) / 1e6 for p in made if p.container_id in governed)
-    print(
-        f"{len(made)} containers made and removed in {passed_s:.0f} s: {len(made) - len(took)} missed; governed after"
-    )
-    print(f"{at(took, 0.5):.0f} ms (p50), {at(took, 0.99):.0f} ms (p99), {took[-1]:.0f} ms at most;")
-    print(f"CPU meanwhile: governor {cpu['governor']:.1f} %, reflex {cpu['reflex']:.1f} %\n")
+    seen = min(len(made), daemon.counted("governor_containers_found_total") - found)
+    print(f"{len(made)} containers made and removed in {passed_s:.0f} s, each lived {CHURN_LIFE_S:g} s: {seen} seen,")
+    print(f"{len(took)} governed, after {at(took, 0.5):.0f} ms (p50), {at(took, 0.99):.0f} ms (p99);")
+    each = {name: percent / 100 * passed_s * 1000 / len(took) for name, percent in cpu.items()}
+    for name, percent in cpu.items():
+        print(f"CPU of {name}: {percent:.1f} %, {each[name]:.1f} ms for each governed, with its life and its end")
+    print()
     after = leavings(daemon)
     table(["left of them", "before", "after"], [[name, before[name], after[name]] for name in before])
 
@@ -305,8 +307,10 @@ def bursts(daemon: Daemon, kubepods: Kubepods, scratch: Path, count: int) -> Non
         )
         kills = len(lines(daemon.journal(pod), ("oom_kill",)))
         rows.append([number + 1, *(f"{first_ms(pod, *each):.0f}" for each in told), what, kills])
+    archived = sum(row[3] != "nan" for row in rows)
     saved = sum(row[-2] == "saved" for row in rows)
-    print(f"{saved} of {count} agents of {BURST_MIB} MiB saved that burst at once; ms since they were let go\n")
+    print(f"{count} agents of {BURST_MIB} MiB that burst at once: {archived} archived, the handler of {saved} ran;")
+    print("ms since they were let go\n")
     table(["by crossing", "crossed", "frozen", "archived", "SIGTERM", "became", "OOM kills"], rows)
     for agent in agents.values():
         agent.kill()

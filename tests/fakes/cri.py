@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent import futures
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # or a fork of pytest gets threads of gRPC's, and may enter no mounts
 
 import grpc
 

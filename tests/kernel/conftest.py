@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from governor import cgroup, cli, instance, pins, probe
 from governor.brake import KnobFile
+from tests.journal_lines import lines_of
 from tests.waiting import wait_for
 
 AGENT = Path(__file__).parent.parent / "fakes" / "agent.py"
@@ -147,11 +147,7 @@ class Guard:
         return self.log_path.read_text()
 
     def lines(self, *kinds):
-        if not self.journal_path.exists():
-            return []
-        whole = self.journal_path.read_bytes().rpartition(b"\n")[0]
-        read = [json.loads(line) for line in whole.splitlines()]
-        return [line for line in read if not kinds or line["kind"] in kinds]
+        return [line for line in lines_of(self.journal_path) if not kinds or line["kind"] in kinds]
 
     def await_line(self, kind, seconds=30.0, count=1):
         def found():

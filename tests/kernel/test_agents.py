@@ -1,5 +1,6 @@
 """Agents in real terminals under `governor run`: asked where they can be, told, ended, and passed through."""
 
+import itertools
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import pytest
 from conftest import AGENT
 
 from tests.fakes import resumable_profile
+from tests.journal_lines import lines_of
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.any_kernel
@@ -49,10 +51,7 @@ class Desk:
         os.write(self.master, text.encode())
 
     def lines(self, *kinds):
-        found = []
-        for path in self.state.glob("journal-*.ndjson"):
-            whole = path.read_bytes().rpartition(b"\n")[0]
-            found += [json.loads(line) for line in whole.splitlines()]
+        found = itertools.chain.from_iterable(map(lines_of, self.state.glob("journal-*.ndjson")))
         return [line for line in found if line["kind"] in kinds]
 
     def ended(self):

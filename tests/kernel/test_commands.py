@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import INSTANCE, Guard, in_a_fork
 
 from governor import pins, record
-from tests.waiting import wait_for
 
 
 def governor(*arguments, status=0, **options):
@@ -29,6 +27,7 @@ def test_doctor_tries_for_real():
     assert not any(name.startswith("doctor") for name in pins.instances())
 
 
+@pytest.mark.any_kernel
 def test_doctor_without_rights_says_what_is_missing():
     done = governor(
         "doctor", status=0, user=65534, env={"PATH": "/usr/local/bin:/usr/bin", "PYTHONPATH": "/work:/opt/deps"}
@@ -63,6 +62,7 @@ def test_kprobes_where_fentry_cannot_be_had(container, tmp_path):
     assert "found no instance 'kp'" in governor("unload", "--instance", "kp", status=1).stderr
 
 
+@pytest.mark.any_kernel
 def test_a_wrong_bcc_is_named(tmp_path):
     (tmp_path / "bcc.py").write_text("")
     done = governor(
@@ -89,29 +89,6 @@ def test_the_verifier_is_quoted_when_it_refuses(monkeypatch, tmp_path):
     with pytest.raises(loader.LoadError, match=r"charge\.bpf\.c \(fentry\)"):
         loader.load("refused", "fentry")
     assert "refused" not in pins.instances()
-
-
-def test_watch_tells_of_crossings_and_of_the_kernels_victims(container, tmp_path, loaded):
-    pod = container(64)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch")
-    out = tmp_path / "watched"
-    with out.open("w") as sink:
-        watching = subprocess.Popen(["governor", "watch", pod.path, "--json", "--for", "90"], stdout=sink)
-    try:
-        wait_for(lambda: '"bpf (fentry)"' in out.read_text(), 80, "the programs of watch")
-        agent.go()
-        assert agent.wait(timeout=60) == -9  # watch only reads
-        time.sleep(2)
-    finally:
-        watching.send_signal(2)
-        watching.wait(timeout=20)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    kinds = {line["kind"] for line in lines}
-    assert {"source", "sample", "crossing", "oom_kill"} <= kinds
-    assert [line["pid"] for line in lines if line["kind"] == "oom_kill"] == [agent.pid]
-    levels = [line["level"] for line in lines if line["kind"] == "crossing" and line["flags"] & record.RISING]
-    assert levels[-1] == record.LEVEL_LAST
-    assert not any(name.startswith("watch") for name in pins.instances())
 
 
 def test_stalls_are_what_psi_says(container, guard, tmp_path, loaded):
@@ -142,6 +119,7 @@ def psi_total_usec(pod):
     return int(pod.read("memory.pressure").splitlines()[0].rpartition("=")[2])
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -8,17 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from governor import cgroup
 from governor.discovery import Appeared, Discovery, Gone
 
+pytestmark = pytest.mark.any_kernel
+
 UID = "1d2e-4f30-a1b2-c3d4e5f60718"
-COUNT, PER_SECOND, AT_ONCE = 1000, 50, 30
+COUNT, PER_SECOND, AT_ONCE = 1000, 50, 100  # each lives two seconds
 # Another process makes pods with a container each and removes them again, and says when it made which.
 CHURN = f"""
 import os, struct, sys, time
-import pytest
-
-pytestmark = pytest.mark.any_kernel
 root, there, began = sys.argv[1], [], time.monotonic()
 def remove(pod, path):
     os.rmdir(path)

@@ -5,6 +5,7 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import MIB, Container
@@ -158,13 +159,17 @@ def test_compact_is_delivered_before_anything_else(container, guard, tmp_path):
     pod = container(128)
     told = tmp_path / "told"
     script = tmp_path / "compact"
-    script.write_text(f'#!/bin/sh\necho "$GOVERNOR_AGENT_PID $GOVERNOR_CGROUP" > {told}\n')
+    script.write_text(f'#!/bin/sh\necho "$GOVERNOR_AGENT_PID $GOVERNOR_CGROUP $(nice)" > {told}\n')
     script.chmod(0o755)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "90")
     governor = guard(pod, "--compact", str(script)).ready()
     agent.go()
     governor.await_line("delivered")
-    assert told.read_text() == f"{agent.pid} {pod.path}\n"
+    assert told.read_text() == f"{agent.pid} {pod.path} 0\n"
+    pid = governor.process.pid
+    assert os.getpriority(os.PRIO_PROCESS, pid) == -20, "and so it decides, whoever bursts beside it"
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert status["VmLck"].strip() != "0 kB"
     assert governor.lines("terminating", "braked") == []
     assert agent.poll() is None
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import AGENT, INSTANCE
 
 from tests.waiting import wait_for
@@ -20,6 +21,7 @@ def is_saved(pod, governor, agent, statuses=(143, -9)):
     assert pod.events()["oom_kill"] == 0
 
 
+@pytest.mark.any_kernel
 def test_file_names_that_flood_and_file_names_that_are_not_text(container, guard, tmp_path):
     pod = container(128)
     agent = pod.agent(tmp_path / "session.jsonl", "touch")
@@ -34,6 +36,7 @@ def test_file_names_that_flood_and_file_names_that_are_not_text(container, guard
     assert "\x1b" not in governor.log()
 
 
+@pytest.mark.any_kernel
 def test_the_agent_behind_a_shell_gets_the_sigterm(container, guard, tmp_path):
     pod = container(128)
     session, begin = tmp_path / "session.jsonl", tmp_path / "begin"
@@ -48,6 +51,7 @@ def test_the_agent_behind_a_shell_gets_the_sigterm(container, guard, tmp_path):
     assert pod.events()["oom_kill"] == 0
 
 
+@pytest.mark.any_kernel
 def test_nobody_reads_what_governor_says(container, tmp_path, loaded):
     pod = container(128)
     agent = pod.agent(tmp_path / "session.jsonl", "touch")
@@ -75,6 +79,7 @@ def test_nobody_reads_what_governor_says(container, tmp_path, loaded):
         os.close(write_fd)
 
 
+@pytest.mark.any_kernel
 def test_a_fork_that_fails_does_not_end_the_protection(container, guard, tmp_path):
     pod, own = container(128), container(0)
     agent = pod.agent(tmp_path / "session.jsonl", "touch")
@@ -122,6 +127,7 @@ def test_both_killed_while_braked_and_one_comes_back(container, guard, tmp_path)
     wait_for(lambda: pod.read("cgroup.freeze") == "0" and pod.read("memory.high") == "max")
 
 
+@pytest.mark.any_kernel
 def test_a_full_agent_that_sits_still_lives(container, guard, tmp_path):
     pod = container(128)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--total-mb", "110")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import INSTANCE, Container, in_a_fork
 
-from governor import cgroup, instance
+from governor import bpflib, cgroup, instance, record
+from tests.journal_lines import lines_of
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.any_kernel
@@ -39,19 +40,23 @@ class Node:
         (path / "cgroup.subtree_control").write_text("+memory +pids")
 
     def pod(self, limit_mib, namespace="agents", kind="container", pod_limit_mib=0):
-        number = next(self.numbers)
-        above = Container(f"pod{uuid.UUID(int=number)}", pod_limit_mib, parent=self.root / "burstable")
+        above = Container(f"pod{uuid.UUID(int=next(self.numbers))}", pod_limit_mib, parent=self.root / "burstable")
         self.directory(above.path)
+        return self.container(above, limit_mib, namespace, kind)
+
+    def container(self, above, limit_mib, namespace="agents", kind="container"):
+        number = len(self.pods)
         container_id = f"{number:064x}"
         said = {"container-type": kind, "sandbox-namespace": namespace, "container-name": "agent"}
         said |= {"sandbox-name": f"pod-{number}"}
         bundle = self.host / BUNDLE.format(id=container_id)
         bundle.parent.mkdir(parents=True)
         annotations = {f"io.kubernetes.cri.{key}": value for key, value in said.items()}
-        bundle.write_text(json.dumps({"annotations": annotations, "process": {"env": []}}))
+        config = {"annotations": annotations, "process": {"env": []}, "linux": {"namespaces": []}}
+        bundle.write_text(json.dumps(config))
         inner = Container(container_id, limit_mib, parent=above.path)
-        inner.id = container_id
-        self.pods += [inner, above]
+        inner.id, inner.above = container_id, above
+        self.pods.append(inner)
         return inner
 
     def daemon(self, *options):
@@ -67,10 +72,7 @@ class Node:
 
     def lines(self, pod, kind):
         path = self.state / ("journal-node.ndjson" if pod is None else f"containers/{pod.id}.ndjson")
-        if not path.exists():
-            return []
-        read = map(json.loads, path.read_bytes().rpartition(b"\n")[0].splitlines())
-        return [line for line in read if line["kind"] == kind]
+        return [line for line in lines_of(path) if line["kind"] == kind]
 
     def await_line(self, pod, kind, seconds=60):
         try:
@@ -88,6 +90,8 @@ class Node:
             self.stop(process)
         for pod in self.pods:
             pod.close()
+        for above in {pod.above.path: pod.above for pod in self.pods}.values():
+            above.close()
         for path in (self.root / "burstable", self.root):
             path.rmdir()
         print(self.log())
@@ -168,8 +172,28 @@ def test_a_dry_run_touches_nothing(node, tmp_path):
     node.await_line(pod, "agent")
     agent.go()
     assert agent.wait(timeout=120) == -signal.SIGKILL
-    assert node.await_line(pod, "dry_run")
+    said = [line["text"] for line in node.lines(pod, "dry_run")]
+    assert any(text.startswith("dry run: would brake at ") for text in said)
+    assert "dry run: would archive" in said
+    assert not node.lines(pod, "braked")
+    assert (pod.read("cgroup.freeze"), pod.read("memory.high")) == ("0", "max")
     assert not list((node.state / "archive").glob("*"))
+
+
+def test_a_sidecar_that_sits_still_is_left_alone(node, tmp_path):
+    pod = node.pod(256, pod_limit_mib=128)
+    beside = node.container(pod.above, 256)
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20")
+    sidecar = beside.agent(tmp_path / "sidecar.jsonl", "touch", "--picture-mb", "32")
+    node.daemon()
+    for one in (pod, beside):
+        node.await_line(one, "agent")
+        wait_for(lambda one=one: any(line["source"] == "bpf" for line in node.lines(one, "protecting")))
+    agent.go()
+    assert agent.wait(timeout=60) in (143, -signal.SIGKILL), node.log()
+    node.await_line(pod, "archived")
+    assert sidecar.poll() is None
+    assert not node.lines(beside, "braked"), node.log()
 
 
 def test_policies_are_read_again(node):
@@ -202,3 +226,52 @@ def test_a_daemon_that_was_killed_leaves_nobody_frozen_and_is_followed(node, tmp
     agent.go()
     assert agent.wait(timeout=60) == 143, node.log()
     assert "frozen 0" in pod.read("cgroup.events")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_that_ends_while_it_holds_leaves_nobody_frozen_nor_who_went_meanwhile(node, tmp_path, how):
+    held, goes = node.pod(256), node.pod(64)
+    agent = held.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "40", "--total-mb", "234")
+    goes.start("sleep", "600")
+    node.daemon()
+    for pod in (held, goes):
+        node.await_line(pod, "protecting")
+    first, reflex = node.process, node.await_line(None, "reflex_started")["pid"]
+    first.send_signal(signal.SIGSTOP)  # so that nothing is decided: frozen is frozen
+    agent.go()
+    wait_for(lambda: held.read("cgroup.freeze") == "1", what="the brake")
+    first.send_signal(how)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=30) == (-how if how == signal.SIGKILL else 0)
+    wait_for(lambda: not Path("/proc", str(reflex)).exists(), what="the end of reflex")
+    assert (held.read("cgroup.freeze"), held.read("memory.high")) == ("0", "max")
+    goes.close()
+    node.daemon()
+    wait_for(lambda: len(node.lines(None, "governed")) == 3, 60)
+    assert node.lines(None, "governed")[2]["container"]["pod"] == "pod-0"
+
+
+def test_who_finds_no_room_in_the_kernels_maps_is_polled_until_there_is(node, tmp_path, loaded, request):
+    watch = bpflib.PinnedMap(bpflib.open_libbpf(), f"{loaded}/charge/watch")
+    others = []
+
+    def make_room():
+        while others:
+            watch.delete(record.CGROUP_ID.pack(others.pop()))
+
+    request.addfinalizer(make_room)
+    with pytest.raises(OSError, match="watch"):
+        for number in itertools.count(1 << 40):
+            watch.update(record.CGROUP_ID.pack(number), bytes(record.WATCH_BYTES))
+            others.append(number)
+    burst, calm = node.pod(128), node.pod(64)
+    agent = burst.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20")
+    calm.start("sleep", "600")
+    node.daemon()
+    node.await_line(burst, "agent")
+    assert [node.await_line(pod, "protecting")["source"] for pod in (burst, calm)] == ["psi", "psi"]
+    agent.go()
+    assert agent.wait(timeout=60) == 143, node.log()
+    make_room()
+    wait_for(lambda: node.lines(calm, "protecting")[-1]["source"] == "bpf", 30)
+    assert len(node.lines(None, "reflex_started")) == 1

@@ -113,7 +113,7 @@ def test_its_memcg_is_taken_over_and_goes_with_who_stops(node):
 def test_the_programs_are_loaded_with_no_more_than_the_init_container_may():
     options = ["load", "--instance", "least", "--json"]
     try:
-        for file, attach in (("base/daemonset.yaml", "fentry"), ("overlays/kprobe/loader.yaml", "kprobe")):
+        for file, attach in (("base/daemonset.yaml", "fentry"), ("components/kprobe/loader.yaml", "kprobe")):
             argv = [*with_only(capabilities("initContainers", file)), *governor(*options, "--attach", attach)]
             done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr

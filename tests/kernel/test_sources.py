@@ -96,6 +96,7 @@ def test_a_level_that_bpf_missed_is_found(container, guard, tmp_path, loaded):
         thread.join()
 
 
+@pytest.mark.any_kernel
 def test_without_a_limit_what_the_machine_has_left_counts(container, guard, tmp_path):
     pod = container(0)
     machine_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
@@ -106,6 +107,7 @@ def test_without_a_limit_what_the_machine_has_left_counts(container, guard, tmp_
     is_saved(governor, agent, pod)
 
 
+@pytest.mark.any_kernel
 def test_where_bpf_is_refused_the_reason_is_said_and_psi_stays(container, plain_guard, tmp_path):
     pod = container(64)
     pod.agent(tmp_path / "session.jsonl", "none")
@@ -118,6 +120,7 @@ def test_where_bpf_is_refused_the_reason_is_said_and_psi_stays(container, plain_
     assert "source bpf allows nothing else" in forced.log()
 
 
+@pytest.mark.any_kernel
 def test_a_read_only_cgroup_tree_stops_the_agent_instead(container, plain_guard, tmp_path):
     pod = container(256)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "60")
@@ -130,6 +133,7 @@ def test_a_read_only_cgroup_tree_stops_the_agent_instead(container, plain_guard,
     assert pod.read("memory.high") == "max"
 
 
+@pytest.mark.any_kernel
 def test_bpf_with_a_read_only_cgroup_tree(container, guard, tmp_path):
     pod = container(256)
     agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "200")
@@ -145,6 +149,7 @@ def state_of(pid):
     return stat.state if stat else ""
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("victim", ["governor", "reflex"])
 def test_nobody_stays_stopped_when_one_is_killed(container, plain_guard, tmp_path, victim):
     pod = container(256)
@@ -178,6 +183,7 @@ def scratch():
         yield Path(path)
 
 
+@pytest.mark.any_kernel
 def test_from_inside_the_memcg_without_root(container, scratch, plain_guard):
     pod = container(256)
     begin = scratch / "begin"
@@ -216,7 +222,7 @@ def test_the_limit_above_counts_where_the_growth_is_from_inside(container, guard
     sibling.go()
     assert sibling.stdout.readline() == "burst over\n"
     wait_for(lambda: pod.ratio() > 0.7, what="the sibling's growth")
-    assert governor.lines("braked", "crossing") == []
+    assert governor.lines("braked") == []
     agent.go()
     is_saved(governor, agent, pod)
     assert sibling.poll() is None

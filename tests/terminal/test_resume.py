@@ -185,7 +185,7 @@ def test_an_order_that_is_none_starts_nothing(tmp_path, said):
 
 WITH_A_SLOW_GUARD = """
 import json, os, signal, sys, time
-from governor import run
+from governor import run, run_one, run_options
 
 path, name, after_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 
@@ -226,14 +226,13 @@ class Guard:
         print(text)
 
 
-run.GuardProcess = Guard
+run_one.GuardProcess = Guard
 if name and os.fork() == 0:
     time.sleep(after_s)
     os.kill(os.getppid(), getattr(signal, name))
     os._exit(0)
 agent = ["sh", "-c", "trap '' HUP; sleep 1; exit 143"]
-one = run.Run(run.Options(agent, guard={"resume_path": path}))
-one._let_go = lambda: None  # only a terminal's is let go of
+one = run.Run(run_options.Options(agent, guard={"resume_path": path}))
 sys.exit(one.run())
 """
 

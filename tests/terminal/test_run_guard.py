@@ -52,8 +52,15 @@ def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def cmdline(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended since it was listed
+        return b""
+
+
 def guard_of(pid):
-    return next((c for c in children_of(pid) if b"governor.loop" in Path(f"/proc/{c}/cmdline").read_bytes()), None)
+    return next((child for child in children_of(pid) if b"governor.guard_process" in cmdline(child)), None)
 
 
 def own_memcgs(pid):
@@ -191,13 +198,6 @@ def test_a_brake_by_sigstop_is_no_ctrl_z(tmp_path):
         one.await_output(b"status 0")
     finally:
         one.close()
-
-
-def cmdline(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_sigkill_of_governor_ends_its_guard(run, memcg):

@@ -94,3 +94,38 @@ def late_below(pid):
             if cmdline.read().startswith(b"late-agent"):
                 return candidate
     return 0
+
+
+def test_who_becomes_a_governor_run_only_stood_in_for_its_agent(tmp_path, governor_is_elsewhere):
+    """As the command line of `governor run` is, until it has read its options."""
+    code = """if True:
+        import os, sys, time
+        sys.stdin.readline()
+        open("/proc/self/comm", "w").write("governor-run")
+        if not os.fork():
+            open("/proc/self/comm", "w").write("agent")
+            os.write(1, b"%d\\n" % os.getpid())
+        time.sleep(600)
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
+    listed = tmp_path / "cgroup.procs"
+    listed.write_text(f"{run.pid}\n")
+    agent = AgentProcess(str(tmp_path))
+    try:
+        wait_for(lambda: agent.find(), what="somebody")
+        assert agent.pid == run.pid and not agent.is_stand_in(10 * SECOND)
+        run.stdin.write(b"go\n")
+        run.stdin.flush()
+        pid = int(run.stdout.readline())
+        listed.write_text(f"{run.pid}\n{pid}\n")
+        assert not agent.is_stand_in(14 * SECOND) and agent.is_stand_in(15 * SECOND)
+        agent.let_go()
+        assert agent.find() and agent.pid == pid
+        assert not agent.is_stand_in(20 * SECOND)
+        agent.forget()
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.stdin.close()
+        run.stdout.close()
+        run.wait()

@@ -81,3 +81,9 @@ def test_a_warning_says_what_comes_when_why_and_how_to_forbid_it():
     text = announce.of_a_warning(Warn("clear", 5 * SECOND, "86 % of max is in use"))
     assert text.startswith("warning: the agent's context is cleared in 5 s; to forbid it: governor hold 10m")
     assert text.endswith("why: 86 % of max is in use")
+
+
+def test_a_warning_of_a_node_s_daemon_says_where_to_forbid_it():
+    """It is shown inside, too, where a hold does not keep the daemon from anything."""
+    text = announce.of_a_warning(Warn("terminate", 0, "92 %"), on_node=True)
+    assert text == "warning: the agent is ended now; to forbid it: governor hold 10m, on the node; why: 92 %"

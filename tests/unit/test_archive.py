@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from governor import archive
 from governor.manifest import MANIFEST_NAME, TAR_NAME
 from governor.session_files import find, home_of, parse_pattern
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_home_is_what_the_agent_was_started_with(tmp_path, named):
     homes = {"own": str(tmp_path), "others": "/usr", "roundabout": "/usr/../usr", "linked": str(tmp_path / "link")}
     homes |= {"none": str(tmp_path / "none"), "proc": "/proc/self"}
     agent = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={"HOME": homes[named]})
+    wait_for(lambda: Path(f"/proc/{agent.pid}/environ").read_bytes())  # Popen may return in the middle of its exec
     usual = pwd.getpwuid(os.getuid()).pw_dir
     expected = {"own": str(tmp_path), "none": usual, "proc": usual}.get(named, "/usr")
     assert home_of(agent.pid) == expected  # it could read others' just as well

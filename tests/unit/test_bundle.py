@@ -139,6 +139,22 @@ def test_one_text_that_is_not_as_expected_leaves_the_others():
     assert parse_bundle(json.dumps(config).encode()) == Bundle(False, "team-a", "", UID, "agent", "")
 
 
+NAMESPACES = {
+    "as runtimes are told": ([{"type": "pid"}, {"type": "mount"}], True),
+    "among the machine's mounts": ([{"type": "pid"}], False),
+    "of another type": ({"type": "mount"}, True),
+    "of other types": ([None, "mount", {"type": ["mount"]}], False),
+    "not told of": (None, True),
+}
+
+
+@pytest.mark.parametrize("case", NAMESPACES)
+def test_only_who_is_said_to_be_among_the_machines_mounts_is(case):
+    namespaces, expected = NAMESPACES[case]
+    config = containerd() | {"linux": {"namespaces": namespaces}}
+    assert parse_bundle(json.dumps(config).encode()).has_own_mounts is expected
+
+
 def test_of_a_variable_that_comes_twice_the_last_counts():
     config = {"process": {"env": ["GOVERNOR_POLICY=a", "GOVERNOR_POLICY=b"]}}
     assert parse_bundle(json.dumps(config).encode()).chosen_policy == "b"
@@ -147,6 +163,8 @@ def test_of_a_variable_that_comes_twice_the_last_counts():
 def test_a_file_without_end_is_not_read(tmp_path):
     file = write(tmp_path, CONTAINERD, containerd())
     os.truncate(file, 1 << 40)
+    assert read_bundle(place("cri-containerd"), str(tmp_path)) == Bundle()
+    file.write_text(json.dumps(containerd()).ljust(bundle.SIZE_MAX_BYTES + 1))
     assert read_bundle(place("cri-containerd"), str(tmp_path)) == Bundle()
 
 

@@ -3,6 +3,8 @@
 import json
 import select
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -115,6 +117,34 @@ def test_without_bundles_the_path_is_what_is_known(node):
     assert "no bundle of a container was found" in node.notes[0]
 
 
+def test_a_bundle_that_comes_late_makes_it_be_told_again_and_a_pause_container_be_let_go(node):
+    path, pause = node.cgroup(ID), node.cgroup(SECOND_ID)
+    now_ns, told = 1, []
+    while len(told) < 2:
+        told += node.census.drain(now_ns)
+        now_ns = node.census.due_ns
+    node.bundle(ID)
+    node.bundle(SECOND_ID, kind="sandbox")
+    later = []
+    while len(later) < 2:
+        later += node.census.drain(now_ns)
+        now_ns = node.census.due_ns
+    assert now_ns < 60_000 * MS
+    assert sorted(later, key=str) == [Gone(pause), known(path)]
+
+
+@pytest.mark.parametrize(("comm", "is_told"), [("pause", False), ("agent", True)])
+def test_without_a_bundle_a_pause_container_is_known_by_its_process(node, comm, is_told):
+    code = f"import sys; open('/proc/self/comm', 'w').write({comm!r}); print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    path = node.cgroup(ID)
+    Path(path, "cgroup.procs").write_text(f"{process.pid}\n")
+    found = [event for now_ns in range(0, 5000 * MS, 50 * MS) for event in node.census.drain(now_ns)]
+    process.communicate()
+    assert found == [Known(Container(path, ID, UID, "burstable"))] * is_told
+
+
 def test_labels_come_with_it_and_each_pod_is_asked_for_once(node):
     runtime = node.runtime((UID, sandbox(UID, {"app": "agent"}, {"governor.dev/policy": "careful"})))
     node.bundle(ID)
@@ -130,6 +160,20 @@ def test_labels_come_with_it_and_each_pod_is_asked_for_once(node):
     assert len(runtime.requests) == 1
     runtime.stop()
     assert node.notes == []
+
+
+def test_a_runtime_that_hangs_delays_nobody_for_long(node):
+    runtime = node.runtime((UID, sandbox(UID, {"app": "agent"})))
+    runtime.hang.clear()
+    node.bundle(ID)
+    path = node.cgroup(ID)
+    assert node.census.drain(1) == []
+    assert node.census.due_ns == 1 + census.CRI_PATIENCE_NS
+    assert node.census.drain(node.census.due_ns) == [known(path)]
+    assert len(node.census.fds) == 2  # it is still being asked
+    runtime.hang.set()
+    assert node.news() == [known(path, labels={"app": "agent"})]
+    runtime.stop()
 
 
 def test_a_runtime_that_answers_later_makes_it_be_told_again(node):

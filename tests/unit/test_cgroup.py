@@ -5,7 +5,8 @@ import os
 import pytest
 
 from governor import cgroup
-from governor.brake import KnobFile, Loan
+from governor.brake import KnobFile
+from governor.loan import Loan
 
 STAT = b"anon 100\nfile 999\nshmem 7\ninactive_file 30\nactive_file 20\nslab_reclaimable 10\nodd line here\n"
 

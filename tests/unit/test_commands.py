@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from governor import children
+from governor import children, real_time
 from governor.actions import commands, processes
 from governor.poller import Poller
 
@@ -103,6 +103,16 @@ def test_a_command_is_the_first_to_go(watched):
     child, _ = commands.Commands([]).run(("cat", "/proc/self/oom_score_adj"), {}, SECOND, "test")
     watched.start(child)
     assert watched.end().output == b"1000\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be before the others wants CAP_SYS_NICE")
+def test_a_command_is_not_before_the_others_as_governor_is(watched):
+    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    try:
+        watched.start(sh("nice"))
+        assert (os.nice(0), watched.end().output) == (-20, b"0\n")
+    finally:
+        real_time.become_ordinary()
 
 
 def test_only_what_a_dead_governor_left_is_swept(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -173,6 +174,15 @@ def test_a_kubelet_that_comes_later_and_in_a_container_is_found_by_a_rescan(root
     assert not any("kubelet-kubepods" in watched for watched in found._watches)
 
 
+def test_who_has_a_cgroup_of_his_own_makes_no_kubelets(root, found):
+    theirs = "user.slice/user-1000.slice/user@1000.service/kubepods"
+    made(root, f"{theirs}/burstable/pod{UID}/{id_of(1)}")
+    os.chown(root / theirs, 1000, 1000)
+    assert found.drain(discovery.RESCAN_NS) == []
+    os.chown(root / theirs, 0, 0)
+    assert len(found.drain(2 * discovery.RESCAN_NS)) == 1
+
+
 def test_links_lead_nowhere(root, found, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     made(elsewhere, id_of(1))
@@ -181,6 +191,27 @@ def test_links_lead_nowhere(root, found, tmp_path_factory):
     os.symlink(elsewhere, root / pod_of(2) / id_of(2))
     Path(root / pod_of(2) / id_of(3)).touch()
     assert found.drain(1) == found.drain(discovery.RESCAN_NS) == []
+
+
+def test_a_pod_that_is_another_as_soon_as_it_is_watched(root, found, monkeypatch):
+    """Its successor's container is listed by the old one's watch, and gone before the new one's begins."""
+    pod, watch, times = root / pod_of(1), found._watch, itertools.count()
+
+    def watch_late(path):
+        number = next(times) if path == str(pod) else -1
+        if number == 1:
+            shutil.rmtree(pod)
+        watch(path)
+        if number == 0:
+            os.rmdir(pod)
+            made(root, f"{pod_of(1)}/{id_of(1)}")
+
+    monkeypatch.setattr(found, "_watch", watch_late)
+    os.mkdir(pod)
+    seen = Seen()
+    seen.heed(found.drain(1))
+    assert not seen.paths
+    assert next(times) > 1
 
 
 def test_two_thousand_at_random_none_missed_nothing_left(root, found):

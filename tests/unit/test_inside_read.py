@@ -1,6 +1,7 @@
 """Files of a container that is hostile ground, by real namespaces: what is read, and what leads nowhere."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from governor import archive, inside, inside_read
+from governor import archive, inside, inside_read, subtree
 from governor.agent_process import AgentProcess
 from tests.fakes import container as containers
 
@@ -51,7 +52,7 @@ def read(container, *globs, exclude=()):
 def test_a_session_is_read_where_the_container_has_it(container):
     container.write("/home/agent/deep/two.jsonl", b"two\n")
     files, skipped, cut_short = read(container)
-    assert files == {"/home/agent/one.jsonl": b"one\n", "/home/agent/deep/two.jsonl": b"two\n"}
+    assert files == {"/home/agent/one.jsonl": b"one\n", "/home/agent/deep/two.jsonl": b"two\n"}, skipped
     assert (skipped, cut_short) == ({}, False)
 
 
@@ -155,6 +156,21 @@ def test_the_reader_has_no_rights_and_is_not_seen():
             assert str(reader) not in inner.stdout.decode().split()
     finally:
         os.close(fd)
+        made.close()
+
+
+@pytest.mark.parametrize("uid", [containers.AGENT_UID, 0], ids=["a user", "root"])
+def test_the_reader_is_looked_into_by_nobody_who_has_its_uid(uid, monkeypatch):
+    """The kernel itself sees to that where it changes its user; not for a container's root."""
+
+    def search(*_):
+        raise OSError(f"PR_GET_DUMPABLE {ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)}")
+
+    monkeypatch.setattr(inside_read, "_search", search)
+    made = containers.Container(uid=uid)
+    try:
+        assert "PR_GET_DUMPABLE 0" in read(made)[1]["/"]
+    finally:
         made.close()
 
 
@@ -273,7 +289,8 @@ def test_a_hundred_thousand_files(container, monkeypatch):
                 os.close(last.fd)
     assert count == 100_001 or last.is_cut_short
     monkeypatch.setattr(inside_read, "_MEMORY_BYTES", 0)  # as if it were a hundred times as many
-    assert read(container)[2], "it was cut short, and not by governor's own memory"
+    kept = [f"{number}.jsonl" for number in range(300_000)]  # what earlier tests have left free is taken
+    assert read(container)[2] and kept, "it was cut short, and not by governor's own memory"
 
 
 def test_a_directory_that_is_mounted_into_itself_ends():
@@ -283,6 +300,20 @@ def test_a_directory_that_is_mounted_into_itself_ends():
         made.write("/home/agent/one.jsonl", b"one\n")
         files, _, _ = read(made)
         assert list(files.values()) == [b"one\n"], "each file once"
+    finally:
+        made.close()
+
+
+def test_an_overlay_that_is_not_the_containers_root_is_not_read():
+    """What is below it may be FUSE, and looks as the machine's own."""
+    over = "mkdir /tmp/low /tmp/lower; echo x > /tmp/low/two.jsonl; mkdir /home/agent/over; "
+    over += "mount -t overlay overlay -o lowerdir=/tmp/low:/tmp/lower /home/agent/over"
+    made = containers.Container(setup=over)
+    try:
+        made.write("/home/agent/one.jsonl", b"one\n")
+        files, skipped, _ = read(made)
+        assert list(files) == ["/home/agent/one.jsonl"]
+        assert skipped == {"/home/agent/over/two.jsonl": "on an overlay that is not the container's root"}
     finally:
         made.close()
 
@@ -325,6 +356,9 @@ def test_no_module_is_imported_from_a_container(container, monkeypatch):
         import this  # noqa: F401  any that is not loaded
 
     sys.modules.pop("this", None)
+    place = Path(os.__file__).with_name("this.py")  # where one would be looked for
+    if not place.is_relative_to("/usr"):  # the container has ours
+        container.write(str(place), b"raise OSError('its own')", uid=0)
     monkeypatch.setattr(inside_read, "_search", search)
     _, skipped, cut_short = read(container)
     assert cut_short and "No module named 'this'" in skipped["/"]
@@ -375,7 +409,7 @@ def test_a_pid_that_was_recycled_is_not_entered():
             inside.door_to(pid, start_ticks)
         with pytest.raises(ProcessLookupError):
             inside.environment(door)
-        assert inside.who(door).home == "/home/agent"
+        assert inside.who(door) == door.remembered
         with pytest.raises(OSError, match="No such process"):
             inside.enter_users(door)
     finally:
@@ -389,12 +423,88 @@ def test_an_agent_that_lives_elsewhere_has_no_paths_of_ours(container, tmp_path)
     agent = AgentProcess(str(tmp_path), wanted_pid=container.pid, only_wanted=True)
     assert agent.find() and agent.lives_elsewhere
     assert agent.patterns(["~/*", "/etc/*"]) == [], "they would name files of the host"
-    fds = agent.door.fds
+    fds = agent.way_in().fds
     container.end()
-    found = [*inside_read.find_inside(agent.door, GLOBS, ())]
+    found = [*inside_read.find_inside(agent.way_in(), GLOBS, ())]
     assert [each.path for each in found] == ["/home/agent/one.jsonl"], "what it wrote last is read after its end"
     agent.forget()
-    assert agent.door is None and agent.patterns(["/etc/*"]) == []
+    assert agent.way_in() is None and agent.patterns(["/etc/*"]) == []
     for fd in fds:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+def test_one_that_is_ending_is_where_it_was(tmp_path, monkeypatch):
+    """Its namespaces and its root go first; only then it is seen to be a zombie."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        agent = AgentProcess(str(tmp_path), wanted_pid=process.pid, only_wanted=True)
+        assert agent.find() and not agent.lives_elsewhere
+        alive = subtree.read_stat(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr(inside, "parse_stat", lambda *_: alive)
+        assert agent.way_in() is None and not agent.lives_elsewhere
+        agent.forget()
+
+
+MOVING = """
+read -r _
+exec unshare --mount sh -c '
+mkdir "$1/root"; mount -t tmpfs root "$1/root"; cd "$1/root"
+mkdir old usr; mount --bind /usr usr; ln -s usr/lib64 usr/lib usr/bin .
+echo mounts; read -r _
+pivot_root . old; umount -l old; mkdir -p "$1"; echo new > "$1/one.jsonl"
+echo root; read -r _' sh "$1"
+"""
+
+
+@pytest.fixture
+def moving(tmp_path):
+    """A process that becomes a container's, step by step, as what a runtime starts does."""
+    (tmp_path / "one.jsonl").write_text("of the host\n")
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with subprocess.Popen(["sh", "-c", MOVING, "sh", tmp_path], bufsize=0, **pipes) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("known_at", ["its start", "its own mounts"])
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_it_is_read_where_it_lives_by_now(moving, tmp_path, known_at, is_followed):
+    def step(said):
+        moving.stdin.write(b"\n")
+        assert moving.stdout.readline() == said
+
+    agent = AgentProcess(str(tmp_path), wanted_pid=moving.pid, only_wanted=True)
+    if known_at == "its start":
+        assert agent.find() and agent.way_in() is None and not agent.lives_elsewhere
+    step(b"mounts\n")
+    if known_at == "its own mounts":
+        assert agent.find() and agent.lives_elsewhere
+    step(b"root\n")
+    if is_followed:
+        agent.follow(time.monotonic_ns())
+        moving.kill()
+        moving.wait()
+    found = [*inside_read.find_inside(agent.way_in(), [f"{tmp_path}/*.jsonl"], ())]
+    try:
+        assert [os.pread(each.fd, 100, 0) for each in found] == [b"new\n"]
+        assert agent.lives_elsewhere and agent.patterns(["/etc/*"]) == []
+    finally:
+        for each in found:
+            os.close(each.fd)
+        agent.forget()
+
+
+def test_while_a_runtime_makes_its_container_there_is_no_way_in(moving, tmp_path):
+    """It has the machine's mounts, then its own with the machine's root: neither is the container's."""
+    agent = AgentProcess(str(tmp_path), moving.pid, only_wanted=True, lives_elsewhere=True, has_own_mounts=True)
+    assert agent.find()
+    for said in (b"mounts\n", b"root\n"):
+        assert agent.way_in() is None and agent.lives_elsewhere and agent.patterns([f"{tmp_path}/*.jsonl"]) == []
+        moving.stdin.write(b"\n")
+        assert moving.stdout.readline() == said
+    found = [*inside_read.find_inside(agent.way_in(), [f"{tmp_path}/*.jsonl"], ())]
+    assert [os.pread(each.fd, 100, 0) for each in found] == [b"new\n"]
+    os.close(found[0].fd)
+    agent.forget()

@@ -28,6 +28,7 @@ from governor.model import (
     Shed,
     Shedded,
     Signalled,
+    Squeeze,
     Stalled,
     State,
     Status,
@@ -243,12 +244,16 @@ def test_an_archive_that_nobody_answers_for_does_not_strand():
 
 
 def test_what_grows_although_frozen_is_terminated_after_the_archive():
-    assert Run().then(braked(0.72), StillGrowing(), Archived(True)).names() == ["Archive", "Terminate"]
+    run = Run().then(braked(0.72), StillGrowing(), Archived(True))
+    assert run.names() == ["Archive", "Squeeze", "Terminate"]
+    assert run.last(Squeeze).high_bytes < 720 * MIB
+    unthrottled = replace(POLICY, brake=replace(POLICY.brake, throttle=False))
+    assert Run(unthrottled).then(braked(0.72), StillGrowing(), Archived(True)).names() == ["Archive", "Terminate"]
 
 
 def test_a_tool_that_grows_although_frozen_is_shed_not_the_agent():
     run = Run().then(braked(0.91, 10, growth=tool()), StillGrowing(), Archived(True))
-    assert run.names() == ["Archive", "Shed"]
+    assert run.names() == ["Archive", "Squeeze", "Shed"]
     assert run.then(Shedded(1)).at(0.4).names()[-1] == "Thaw"
 
 
@@ -828,6 +833,7 @@ def sample_events():
         Archived(True),
         Archived(True, memory(0.3)),
         Shedded(0),
+        StillGrowing(),
         Thawed(),
         Signalled(),
         AgentEnded(),

@@ -31,11 +31,12 @@ def test_a_level_is_left_under_its_release_level_only(ppm, before, level):
     assert level_of(LEVELS, ppm, before) == level
 
 
-def walk(track, sizes_mib, wanted=CALM, step_ns=SECOND, limit=LIMIT, ours=True):
+def walk(track, sizes_mib, wanted=CALM, step_ns=SECOND, limit=LIMIT, parts_mib=None):
     """(level, rising) of what each look reports, None where it reports nothing."""
     seen = []
     for i, size_mib in enumerate(sizes_mib):
-        found = track.look(wanted, size_mib * MIB, limit, (i + 1) * step_ns, ours)
+        part_bytes = None if parts_mib is None else int(parts_mib[i] * MIB)
+        found = track.look(wanted, int(size_mib * MIB), limit, (i + 1) * step_ns, part_bytes)
         seen.append(found and (found.level, bool(found.flags & record.RISING)))
     return seen
 
@@ -67,8 +68,13 @@ def test_a_lowered_limit_moves_the_levels_at_once():
 
 def test_growth_of_others_is_not_reported_until_there_is_some_of_ours():
     track = Track()
-    assert walk(track, [500, 910, 920], ours=False) == [None, None, None]
-    assert walk(track, [921]) == [(3, True)]
+    assert walk(track, [500, 910, 920], parts_mib=[300, 300, 301]) == [None, None, None]
+    assert walk(track, [921], parts_mib=[302]) == [(3, True)]
+
+
+def test_a_page_of_ours_beside_the_growth_of_others_since_then_is_not_ours():
+    slow = [899.8, 899.95, 900.1, 900.11]  # under a batch from look to look
+    assert walk(Track(), slow, parts_mib=[300, 300, 300.1, 300.11]) == [None] * 4
 
 
 def test_forgotten_levels_are_reported_again_at_the_next_growth():

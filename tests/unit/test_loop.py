@@ -1,14 +1,23 @@
 """loop: targets that come and go beside a real reflex; their memcgs are directories of plain files."""
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from governor import policy_file
-from governor.guard import Guard
+from governor import policy_file, profile_file, profile_state
+from governor.actions import processes
+from governor.agent_process import AgentProcess
+from governor.executor import Executor
+from governor.guard import Guard, with_profile
 from governor.loop import Loop
+from governor.model import State, Tier, Warn
 from governor.policy import Source
+from governor.turns import AT_ONCE, Turn
+from tests.fakes import container as containers
+from tests.fakes.inhabitants import await_child
 from tests.waiting import wait_for
 
 MIB = 1 << 20
@@ -50,8 +59,9 @@ class Running:
         self.loop.note = lambda kind, text, **_: self.notes.append((kind, text))
         self.loop._keep_reflex(time.monotonic_ns())
 
-    def add(self, name):
+    def add(self, name, profile=None, pid=""):
         memcg = Memcg(self.tmp_path / "fs" / "cg" / name)
+        memcg.write("cgroup.procs", pid)
         guard = Guard(
             cgroup=str(memcg.path),
             instance="test-loop",
@@ -61,7 +71,9 @@ class Running:
             is_container=True,
         )
         slot = self.loop.knob_file.free_slot()
-        return memcg, self.loop.add(guard, slot, policy_file.load("default").policy, None)
+        policy = policy_file.load("default").policy
+        policy = with_profile(policy, profile) if profile else policy
+        return memcg, self.loop.add(guard, slot, policy, profile)
 
     def until(self, condition, what):
         wait_for(lambda: (self.loop._once(), condition())[1], 30, what)
@@ -95,12 +107,59 @@ def test_who_is_let_go_while_it_is_held_is_thawed(running):
     running.until(lambda: not list(running.loop.knob_file.slots()), "the slot")
 
 
+def test_archives_of_one_target_have_their_turn_with_those_of_the_others(running):
+    (_, first), (_, second) = running.add("one"), running.add("two")
+    begun = []
+
+    def ask(target, who):
+        def make():
+            begun.append(who)
+            raise OSError  # what comes of it is the children's own test
+
+        target._actuators.children.attempt_in_turn(make, lambda ended: None, 1 << 62, "archive", lambda: None)
+
+    blocking = [Turn(lambda: None) for _ in range(AT_ONCE)]
+    for turn in blocking:
+        running.loop._shared.archives.ask(turn, time.monotonic_ns())
+    running.loop._shared.archives.admit(time.monotonic_ns())
+    ask(second, "two")
+    ask(first, "one")
+    assert begun == []
+    running.loop._shared.archives.end(blocking[0], time.monotonic_ns())
+    assert begun == ["two", "one"]
+
+
+def test_it_is_said_who_leads_and_where_a_hold_is_to_be_given(running, monkeypatch):
+    _, target = running.add("a")
+    assert (target.standing().inside_guard_pid, target.standing().led_from_outside) == (0, False)
+    target._led._can = frozenset()
+    assert target.standing().led_from_outside
+    target._led._can = None
+    target._actuators.inside._peer_pid, target._actuators.inside._can = 4711, frozenset({Tier.CLEAR})
+    monkeypatch.setattr(target._actuators.inside, "tell", lambda *_, **__: True)
+    assert target.standing().inside_guard_pid == 4711
+    for what in ("clear", "terminate"):
+        target._actuators.executor.carry_out(Warn(what, 0, "full"), State())
+    said = [line["text"] for line in map(json.loads, running.journal("a").splitlines()) if line["kind"] == "warning"]
+    assert ["on the node" in text for text in said] == [False, True]  # who clears heeds a hold in there
+
+
 def test_who_comes_next_hears_nothing_of_who_was_let_go(running):
     _, target = held(running, "a")
     running.loop.drop(target)
     running.add("b")
     running.until(lambda: '"protecting"' in running.journal("b"), "protection")
     assert '"braked"' not in running.journal("b") and '"thawed"' not in running.journal("b")
+
+
+def test_while_others_wait_to_be_governed_who_is_young_has_no_more_turns_than_the_rest(running):
+    _, target = running.add("a")
+    running.loop._turn_took_ns = 1_000_000_000
+    target.turn(time.monotonic_ns())
+    due_ns = {}
+    for running.loop._is_pressed in (False, True):
+        due_ns[running.loop._is_pressed] = target.due_ns
+    assert due_ns[False] + 1_000_000_000 < due_ns[True]
 
 
 def test_a_fault_beside_the_targets_is_said_and_ends_nothing(running):
@@ -138,3 +197,43 @@ def test_who_cannot_be_added_leaves_nothing(running, monkeypatch):
     assert not running.loop.targets
     running.until(lambda: not running.loop._released, "the answers")
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+@pytest.mark.skipif(bool(containers.why_none()), reason=f"no containers here: {containers.why_none()}")
+def test_by_its_profile_a_containers_agent_is_found_and_archived_by_its_own_files(running, monkeypatch):
+    """Where its state file and sessions are the container says: nothing but `inside_read` goes there."""
+
+    def never(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(profile_state, "_load", never)
+    container = containers.Container(program="bash -c 'bash -c \"exec -a codex sleep 1000\"; true'")
+    try:
+        container.write("/home/agent/.codex/sessions/2026/rollout-1.jsonl", b"a turn\n")
+        monkeypatch.setattr(AgentProcess, "_leading_pid", lambda _: container.pid)
+        pids = f"{container.pid}\n{await_child(container.pid)}\n"
+        memcg, target = running.add("a", profile_file.load("codex").profile, pids)
+        running.until(lambda: target._agent.pid, "the agent")
+        assert Path(f"/proc/{target._agent.pid}/cmdline").read_bytes().startswith(b"codex\0")
+        assert target._agent.pid != container.pid and target._agent.lives_elsewhere
+        running.until(lambda: '"protecting"' in running.journal("a"), "protection")
+        memcg.hold(95)
+        running.until(lambda: '"kind":"archived"' in running.journal("a"), "an archive")
+        assert "archived 1 session files" in running.journal("a")
+        assert '"fault"' not in running.journal("a")
+    finally:
+        container.close()
+
+
+def test_in_a_dry_run_nothing_follows_an_oom_kill(running, monkeypatch):
+    _, target = running.add("a")
+    done = []
+    monkeypatch.setattr(Executor, "_archive", lambda *_, **__: done.append("archive"))
+    monkeypatch.setattr(processes, "kill_named", lambda *_: done.append("sweep") or [])
+    executor = target._actuators.executor
+    executor.profile = profile_file.load("codex").profile
+    executor.archive_the_end(State(), "killed by the kernel")
+    assert done == ["sweep", "archive"]
+    executor.policy = replace(executor.policy, dry_run=True)
+    executor.archive_the_end(State(), "killed by the kernel")
+    assert done == ["sweep", "archive"]

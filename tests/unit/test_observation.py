@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from governor import health, instance, link, model, poll_source, record
+from governor import health, instance, link, model, policy, poll_source, record
 from governor.brake import FREEZE
 from governor.cgroup import MemoryState
 from governor.container import Container
@@ -73,8 +73,9 @@ def running(tmp_path, monkeypatch):
     made[0].close()
 
 
-def crossing(cgroup_id, ktime_ns=1000):
-    found = record.Record(ktime_ns, cgroup_id, record.CROSSING, record.RISING, 1, 1, 77, 77, 9, 9, 10, 0, 0, 0, 0, 0)
+def crossing(cgroup_id, ktime_ns=1000, level=1):
+    figures = (77, 77, 9, 9, 10, 0, 0, 0, 0, 0)
+    found = record.Record(ktime_ns, cgroup_id, record.CROSSING, record.RISING, 1, level, *figures)
     return link.encode_record(found.encode(), ktime_ns + 300_000)
 
 
@@ -110,6 +111,19 @@ def test_a_dry_run_is_counted_as_one(running):
     assert one.metric("governor_actions_total", action="archive", outcome="dry_run") == 1
     assert one.metric("governor_actions_total", action="archive", outcome="begun") == 0
     assert one.target.standing().decided.what.endswith("(dry_run)")
+
+
+def test_a_dry_run_decides_what_would_follow_a_brake_and_is_not_held(running):
+    one = running(dry_run=True)
+    assert not policy.levels(one.target.policy).holds
+    (one.path / "memory.current").write_text(str(95 * MIB))
+    (one.path / "memory.stat").write_text(f"anon {95 * MIB}\n")
+    for _ in range(2):
+        now_ns = time.monotonic_ns()
+        one.say(crossing(one.target.cgroup_id, now_ns, record.LEVEL_BRAKE))
+    journal = (one.path.parent / "journal").read_text()
+    assert journal.count("would brake at 95.0 %") == 1
+    assert "would archive" in journal and '"braked"' not in journal
 
 
 def test_oom_kills_are_counted(running):

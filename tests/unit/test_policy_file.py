@@ -61,6 +61,7 @@ VALUES = [
     ('[compact]\nexec = ["/bin/compact", ""]', lambda p: p.compact.exec, ("/bin/compact", "")),
     ('[clear]\nsignal = "SIGUSR2"', lambda p: p.clear.signal, "SIGUSR2"),
     ("dry_run = true", lambda p: p.dry_run, True),
+    ('profile = "codex"', lambda p: p.profile, "codex"),
     ("[archive]\nkeep_count = 3", lambda p: p.archive.keep_count, 3),
     ('extends = "seed"', lambda p: p.signals.raised_interval_ns, 15 * SECOND),
     ('[select]\nlabel = ["x.io/a=b=*", "c="]', lambda p: p.select.label, ("x.io/a=b=*", "c=")),
@@ -137,6 +138,9 @@ FAULTS = [
     ("[select.label]\napp = 1", 1, "select.label", "a table", "a list"),
     ('[select]\nlabels = ["a=b"]', 2, "select.labels", '["a=b"]', 'did you mean "label"?'),
     ('name = "a b"', 1, "name", '"a b"', "a name"),
+    ('profile = "cdex"', 1, "profile", '"cdex"', 'did you mean "codex"?'),
+    ('profile = "./x.toml"', 1, "profile", '"./x.toml"', "a profile's name, or its absolute path"),
+    ('profile = "/nowhere.toml"', 1, "profile", '"/nowhere.toml"', "a good profile"),
     ('extends = "sed"', 1, "extends", '"sed"', 'did you mean "seed"?'),
     ('extends = "/etc/x.toml"', 1, "extends", '"/etc/x.toml"', "a preset"),
     ("extends = 3", 1, "extends", "3", "a preset"),
@@ -488,6 +492,8 @@ def policies(draw):
             values[path] = draw(st.integers(1, 1000))
         elif isinstance(key.default, (Efficacy, Source)):
             values[path] = draw(st.sampled_from(type(key.default)))
+        elif path == "profile":
+            values[path] = draw(st.sampled_from(["", "codex", "claude-code"]))
         elif key.name == "signal":
             values[path] = draw(st.sampled_from(["", "SIGUSR1", "SIGRTMIN"]))
         elif isinstance(key.default, tuple):

@@ -163,6 +163,7 @@ def test_the_wheel_holds_the_sources_and_the_command(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for source in pins.sources().glob("*.[ch]"):
         assert f"governor/bpf/{source.name}" in names
+    assert {"governor/report.html.jinja", "governor/report.css"} <= set(names)
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert b"governor = governor.cli:main" in zipfile.ZipFile(wheel).read(entry)
     metadata = next(name for name in names if name.endswith("METADATA"))
@@ -182,3 +183,31 @@ def test_a_line_that_nobody_reads_is_dropped():
     assert said.stdout == b"on it goes\n"
     os.close(read_fd)
     os.close(write_fd)
+
+
+def test_the_leader_below_a_governor_run_is_the_agent_and_not_its_guard(tmp_path):
+    code = """if True:
+        import os, sys, time
+        def call(name):
+            open("/proc/self/comm", "w").write(name)
+            os.write(1, b"%d\\n" % os.getpid())
+        call("governor-run")
+        if not os.fork():
+            call("governor-guard")
+            time.sleep(600)
+        time.sleep(0.1)
+        if not os.fork():
+            call("agent")
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    run, guard, agent = (int(process.stdout.readline()) for _ in range(3))
+    try:
+        (tmp_path / "cgroup.procs").write_text(f"{run}\n{guard}\n{agent}\n")
+        assert processes.leader(str(tmp_path)).pid == agent
+    finally:
+        for pid in (agent, guard):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -124,6 +124,9 @@ PURE = (
     "model",
     "tiers",
     "ladder",
+    "ladder_state",
+    "ladder_brake",
+    "ladder_climb",
     "levels",
     "codec",
     "schedule",
@@ -133,9 +136,9 @@ PURE = (
 )
 IMPURE = {"os", "time", "logging", "ctypes", "socket", "subprocess", "pathlib", "random"}
 REAL_TIME = (
-    *("record", "cgroup", "limits", "levels", "subtree", "brake"),
-    *("link", "bpflib", "bpf_source", "poll_source", "poller", "schedule", "governed"),
-    *("real_time", "reflex"),
+    *("record", "cgroup", "limits", "levels", "subtree", "brake", "loan"),
+    *("link", "bpflib", "bpf_source", "poll_source", "poller", "schedule", "governed", "bpf_watches"),
+    *("braking", "real_time", "reflex"),
 )
 HEAVY = {"dataclasses", "json", "pathlib", "subprocess", "logging", "socket", "asyncio", "typer", "psutil", "orjson"}
 

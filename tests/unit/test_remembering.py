@@ -1,5 +1,7 @@
 """State file, journal and replay: what outlasts a governor, and what damaged files do to it."""
 
+import errno
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -202,6 +204,26 @@ def test_replay_reads_rotated_files_and_passes_over_torn_lines(tmp_path, monkeyp
     decisions = list(replay.replay(replay.files(path)))
     assert len(decisions) == 7
     assert isinstance(decisions[-1], replay.Unreadable)
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 1), (2, 1), (2, 3), (3, 2), (4, 1)])
+def test_replay_goes_on_where_a_journal_that_lost_lines_begins_anew(tmp_path, monkeypatch, first, count):
+    """A disk that is full for a while: the first of them is cut off, the others are not there at all."""
+    write, numbers = os.write, itertools.count()
+
+    def on_a_full_disk(fd, data):
+        number = next(numbers) if fd > 2 else -1
+        if first < number < first + count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data[:20] if number == first else data)
+
+    monkeypatch.setattr(os, "write", on_a_full_disk)
+    path = tmp_path / "journal"
+    write_journal(path)
+    found = list(replay.replay(replay.files(path)))
+    decisions = [each for each in found if isinstance(each, replay.Decision)]
+    assert len(found) == len(decisions) + 1
+    assert decisions[-1].event == "Signalled" and all(each.recorded == each.replayed for each in decisions)
 
 
 @pytest.mark.parametrize(

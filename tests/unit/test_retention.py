@@ -171,6 +171,19 @@ def test_the_base_of_a_delta_that_stays_stays(place):
     archive.verify(place.archives, delta.name)
 
 
+def test_of_containers_that_are_gone_no_more_is_left_and_the_pod_with_most_goes_first(place, tmp_path):
+    def target(pod, number):
+        return f"{tmp_path}/kubepods/burstable/pod{pod}/{number:064x}"
+
+    place.file("a", os.urandom(1 << 20))
+    os.makedirs(target("a", 9))
+    quiet, there = place.write(target=target("b", 0)).name, place.write(target=target("a", 9)).name
+    loud = [place.write(target=target("a", number)).name for number in range(5)]
+    assert archive.prune_gone(place.archives, 3 << 20) == loud[:4]
+    assert archive.names(place.archives) == [quiet, there, loud[4]]
+    assert archive.prune_gone(place.archives, 0, spare=loud[4]) == [quiet]
+
+
 def test_what_is_not_governors_or_of_another_target_stays(place, tmp_path):
     other = place.write(target="/sys/fs/cgroup/other").name
     made = [manifest.name for manifest in many(place, 4)]

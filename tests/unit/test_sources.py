@@ -58,6 +58,35 @@ def test_the_tightest_limit_counts(tree):
     assert found.own_high_bytes(7) == 7
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "ratio"),
+    [
+        pytest.param((700, 50), (970, 51), 0.051, id="a sibling fills the pod"),
+        pytest.param((700, 50), (970, 310), 0.97, id="the agent does"),
+        pytest.param((970, 600), (970, 600), 0.97, id="the agent holds most of it, and nobody grows"),
+        pytest.param((970, 50), (970, 50), 0.05, id="the sibling does"),
+        pytest.param((900, 600), (930, 600), 0.6, id="it holds most of it, and a sibling grows"),
+        pytest.param((930, 600), (975, 600), 0.975, id="the same, and little is left"),
+    ],
+)
+def test_an_agent_answers_for_its_part_of_the_pod(tree, before, after, ratio):
+    pod, agent = tree
+    found = Limits(cgroup.Memcg(str(agent.path)))
+    for number, (pod_mib, agent_mib) in enumerate((before, after)):
+        pod.set(pod_mib, 1000)
+        agent.set(agent_mib)
+        part = found.own_part(found.memory_state(number * SECOND))
+    assert part.unreclaimable_ratio == pytest.approx(ratio)
+
+
+def test_its_own_limit_counts_where_a_sibling_fills_the_pod(tree):
+    pod, agent = tree
+    pod.set(970, 1000)
+    agent.set(50, 100)
+    found = Limits(cgroup.Memcg(str(agent.path)))
+    assert found.own_part(found.memory_state(0)).unreclaimable_ratio == 0.5
+
+
 def test_a_usage_of_an_ancestor_as_one_of_the_governed_memcg(tree):
     found, _ = source_of(tree[1])
     found.look(0)
@@ -87,6 +116,18 @@ def test_without_any_limit_the_machine_is_one(tree, monkeypatch):
         (
             "/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/x.scope",
             ["/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"],
+        ),
+        (  # kind's, or another cgroupRoot's
+            "/sys/fs/cgroup/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice"
+            "/kubelet-kubepods-burstable-pod1.slice/x.scope",
+            [
+                "/sys/fs/cgroup/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice"
+                "/kubelet-kubepods-burstable-pod1.slice"
+            ],
+        ),
+        (
+            "/sys/fs/cgroup/a-kubepods.slice/a-kubepods-pod1.slice/x.scope",
+            ["/sys/fs/cgroup/a-kubepods.slice/a-kubepods-pod1.slice"],
         ),
     ],
 )
@@ -177,6 +218,19 @@ def test_victims_of_the_oom_killer_are_told_and_a_memcg_that_is_gone_is_closed(t
     assert source.look(CALM, 5, watched=False) is None
     assert poller.fds == set(source.fds) == set()
     assert source.due_ns == 5 + SECOND
+
+
+def test_files_that_cannot_be_waited_for_are_closed_and_it_polls(tree):
+    """As on gVisor, and here, where they are plain ones."""
+    _, agent = tree
+    for name in ("memory.events", "memory.pressure"):
+        (agent.path / name).write_text("")
+    found, poller = Limits(cgroup.Memcg(str(agent.path))), Poller()
+    before = len(os.listdir("/proc/self/fd"))
+    source = PollSource(found, poller, True, 0, print)
+    assert (source.name, source.fds) == (poll_source.POLL, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+    source.close()
 
 
 # cgroup v1

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from dataclasses import replace
 
 import orjson
@@ -14,6 +15,7 @@ from governor import instance, model, status, status_cli, subscribers
 from governor.cgroup import MemoryState
 from governor.cli import app
 from governor.container import Container
+from governor.peer import Peer
 from governor.poller import Poller
 from governor.standing import Decided, Standing
 from governor.subscribers import Subscribers
@@ -33,12 +35,11 @@ def standing(number=0, pod=None):
 class Governor:
     """The sockets of a governor, answered by a thread that turns its poller."""
 
-    def __init__(self, directory, standings, name=status.NODE_SOCKET):
+    def __init__(self, directory, standings, name=status.NODE_SOCKET, faults=()):
         self.poller = Poller()
         self.subscribers = Subscribers(self.poller, lambda: {"cgroup": "", "agent_pid": 0})
-        self.subscribers.on_status = lambda after: status.page(
-            {slot: lambda one=one: one for slot, one in enumerate(standings)}, after, os.getpid(), 100 * SECOND
-        )
+        standing_of = {slot: lambda one=one: one for slot, one in enumerate(standings)}
+        self.subscribers.on_status = lambda after: status.page(standing_of, after, os.getpid(), 100 * SECOND, faults)
         self.subscribers.listen(directory / name)
         self.ends = threading.Event()
         self.thread = threading.Thread(target=self.turn)
@@ -118,13 +119,47 @@ def test_a_table_for_people(governors):
     assert lines[-1] == "shop/agent-1/agent: archive, 12 s ago: 91.2 % of max is in use"
 
 
+def test_it_says_who_leads(governors):
+    outer, inner = replace(standing(), inside_guard_pid=4711), replace(standing(1), led_from_outside=True)
+    governors([outer, inner, standing(2)])
+    assert asked().output.splitlines()[-2:] == [
+        "shop/agent-0/agent: compact and clear are left to governor run in it (its guard is process 4711)",
+        f"shop/agent-1/agent: {status_cli.LED}",
+    ]
+    [answer] = orjson.loads(asked("--json").output)
+    found = [(one["inside_guard_pid"], one["led_from_outside"]) for one in answer["targets"]]
+    assert found == [(4711, False), (0, True), (0, False)]
+
+
+@pytest.mark.parametrize("led", [True, False])
+def test_a_hold_where_somebody_outside_leads_says_what_it_does_not_forbid(governors, monkeypatch, led):
+    governors([replace(standing(), led_from_outside=led)], name="memcg-77.sock")
+    monkeypatch.setattr(instance, "guarded", lambda: {77: 4711})
+    result = CliRunner().invoke(app, ["hold", "10m"])
+    assert result.output.splitlines() == [
+        "process 4711: nothing but the brake for 10m",
+        *([f"process 4711: {status_cli.LED}"] if led else []),
+    ]
+    assert "is over" in CliRunner().invoke(app, ["hold", "0"]).output
+
+
+def test_a_hold_does_not_wait_for_a_guard_that_is_frozen(run_directory, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as frozen:
+        frozen.bind(str(run_directory / "memcg-77.sock"))
+        frozen.listen()
+        monkeypatch.setattr(instance, "guarded", lambda: {77: 4711})
+        begun = time.monotonic()
+        result = CliRunner().invoke(app, ["hold", "10m"])
+    assert (result.exit_code, result.output) == (0, "process 4711: nothing but the brake for 10m\n")
+    assert 0.5 < time.monotonic() - begun < 4
+
+
 def test_names_from_a_container_reach_no_terminal_as_they_are(governors):
-    decided = Decided("compact", "\x1b[2J\n[bold]", 88 * SECOND)
-    governors([replace(standing(pod="\x1b]0;x\x07[red]\n"), decided=decided, policy="\x1b[8m")])
+    decided = Decided("compact", "\x1b[2J\n[bold]\x9b2J\u202e", 88 * SECOND)
+    governors([replace(standing(pod="\x1b]0;x\x07[red]\n\x9b\u202e"), decided=decided, policy="\x9b8m\x1b[8m")])
     for arguments in ((), ("--json",)):
         output = asked(*arguments).output
-        assert "\x1b" not in output
-        assert "\x07" not in output
+        assert not set(output) & set("\x1b\x07\x9b\u202e")  # JSON itself escapes the first two only
     assert "[bold]" in asked().output  # no markup is obeyed either
 
 
@@ -150,7 +185,7 @@ def test_the_agents_user_may_listen_and_is_not_told_of_others(governors, monkeyp
     agent_uid = 12345
     governor = governors([standing()])
     governor.subscribers.allowed_uids |= {agent_uid}
-    monkeypatch.setattr(subscribers, "_uid_of", lambda connection: agent_uid)
+    monkeypatch.setattr(subscribers, "peer_of", lambda connection: Peer(os.getpid(), agent_uid))
     result = asked()
     assert result.exit_code == 1
     assert "it does not tell" in result.output
@@ -189,3 +224,10 @@ def test_who_answers_otherwise_is_no_governor(run_directory, said):
     assert result.exit_code == 1
     assert "no answer from" in result.output
     assert len(result.output) < 2000
+
+
+def test_one_that_is_not_well_says_so_by_its_exit_status(governors):
+    governors([standing()], faults=["reflex does not run"])
+    result = asked()
+    assert result.exit_code == 3
+    assert "not well: reflex does not run" in result.output

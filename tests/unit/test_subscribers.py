@@ -12,6 +12,7 @@ import pytest
 
 from governor import subscribers
 from governor.model import Status, Tier
+from governor.peer import Peer
 from governor.poller import Poller
 from governor.subscribers import Subscribers
 
@@ -217,7 +218,7 @@ class Crowd:
     def __init__(self, served, monkeypatch):
         self.served = served
         self.served.subscribers.allowed_uids = frozenset(range(5))
-        monkeypatch.setattr(subscribers, "_uid_of", lambda _: self.uid)
+        monkeypatch.setattr(subscribers, "peer_of", lambda _: Peer(os.getpid(), self.uid))
 
     def come(self, uid, count=1, speaks=True):
         self.uid = uid

@@ -169,8 +169,8 @@ def test_off_without_root_is_for_ones_own(tmp_path, monkeypatch):
 def test_off_of_one_instance_leaves_the_others_alone(run_directory, holding, agent, tmp_path):
     brake(run_directory, tmp_path, agent.pid)
     ended, other = holding("node"), holding("guard-7")
-    assert switch_off.switch_off("node") == [f"stopped process {ended}"]
+    assert switch_off.switch_off(["node"]) == [f"stopped process {ended}"]
     assert instance.holders() == [other]
     assert read_stat(agent.pid).state == "T"
-    switch_off.switch_off("memcg-7")
+    switch_off.switch_off(["memcg-7"])
     wait_for(lambda: read_stat(agent.pid).state == "S")

@@ -237,7 +237,7 @@ def test_a_container_that_comes_again_goes_on_with_its_series():
 
 def test_room_is_made_by_the_one_that_went_first():
     counted = Tally(series_limit=2)
-    for slot in (0, 1):
+    for slot in (1, 0):
         counted.adopt(slot, names(slot), 0)
         counted.release(slot, 10 - slot)
     counted.adopt(2, names(2), 20)

@@ -50,6 +50,7 @@ def test_a_name_that_steers_terminals_is_escaped_and_a_link_is_not_followed(dire
 def test_why_reads_it(directory, tmp_path):
     memcg = tmp_path / "pod"
     memcg.mkdir()
+    (memcg / "memory.current").write_text("1\n")
     told.write(os.stat(memcg).st_ino, "killed make")
     assert "killed make" in CliRunner().invoke(app, ["why", "--cgroup", str(memcg)]).stdout
     assert CliRunner().invoke(app, ["why", "--cgroup", str(tmp_path / "none")]).exit_code == 2

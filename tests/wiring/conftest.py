@@ -28,6 +28,7 @@ exec python3 {ROOT}/tests/fakes/agent.py "$HOME/.claude/projects/p/s.jsonl" "${{
 """
 # As kubelets say it to containerd: see containerd's pkg/cri and runtime-spec's config.md.
 MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/sys/firmware"]
+READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 CAPABILITIES = [
     *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID"),
     *("CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL"),
@@ -182,7 +183,7 @@ class Pod:
                 "namespaces": [*kinds, *namespaces],
                 "resources": {"memory": {"limit": limit_bytes}} if limit_bytes else {},
                 "maskedPaths": MASKED,
-                "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+                "readonlyPaths": READ_ONLY,
             },
         }
 
@@ -229,9 +230,12 @@ def pod(tmp_path):
 
 @pytest.fixture(scope="session")
 def containerd(installed):
-    """With the CRI plug-in on, and an image that sleeps."""
+    """With the CRI plug-in on, runc under both cgroup drivers, and an image that sleeps."""
     checked("modprobe", "overlay")
-    config = f'version = 2\n[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "{cri_pods.IMAGE}"\n'
+    cri, runc = '[plugins."io.containerd.grpc.v1.cri"', 'runtime_type = "io.containerd.runc.v2"'
+    config = f'version = 2\n{cri}]\nsandbox_image = "{cri_pods.IMAGE}"\n'
+    config += f"{cri}.containerd.runtimes.runc]\n{runc}\n{cri}.containerd.runtimes.{cri_pods.SYSTEMD}]\n{runc}\n"
+    config += f"{cri}.containerd.runtimes.{cri_pods.SYSTEMD}.options]\nSystemdCgroup = true\n"
     Path("/etc/containerd").mkdir(exist_ok=True)
     Path("/etc/containerd/config.toml").write_text(config)
     for name in ("hosts", "resolv.conf"):

@@ -18,6 +18,9 @@ from tests.fakes.cri import block, number, texts
 SOCKET = "/run/containerd/containerd.sock"
 IMAGE = "docker.io/library/sleep:1"
 NODE_NETWORK = number(1, 2)  # NamespaceOption: network = NODE, so no CNI plug-in is needed
+NODE_PIDS = number(2, 2)  # pid = NODE: hostPID
+SYSTEMD = "systemd"  # the runtime handler whose runc uses systemd's driver
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def ask(method, request):
@@ -34,13 +37,18 @@ def call(method, request):
 
 
 def image():
-    """A Docker archive of one layer, with sleep and the libraries that it needs."""
+    """A Docker archive of one layer, merged as Debian's are: sleep, and the libraries that it needs."""
     words = [shutil.which("sleep")]
     words += [word for word in subprocess.check_output(["ldd", words[0]], text=True).split() if word.startswith("/")]
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
+        for name in ("bin", "lib", "lib64"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
+            tar.addfile(link)
         for word in words:
-            tar.add(os.path.realpath(word), word.lstrip("/"))
+            place = os.path.join(os.path.realpath(os.path.dirname(word)), os.path.basename(word))
+            tar.add(os.path.realpath(word), place.lstrip("/"))
         scratch = tarfile.TarInfo("tmp")
         scratch.type, scratch.mode = tarfile.DIRTYPE, 0o1777
         tar.addfile(scratch)
@@ -68,39 +76,83 @@ def image():
     return file
 
 
-class CriPod:
-    """A pod with one container, `agent`; `mounts`: directories of the host, where it has them, if to read only."""
+class Sandbox:
+    """A pod: its memcg as the kubelet of a driver names it, and its pause container."""
 
-    def __init__(self, uid, name, namespace, limit_mib, labels=None, annotations=None, argv=(), mounts=(), user=0):
-        self.log = Path(f"/tmp/{name}.log")
-        self.uid, self.cgroup = uid, Path(f"/sys/fs/cgroup/kubepods/burstable/pod{uid}")
+    def __init__(self, uid, name, namespace, labels=None, annotations=None, systemd=False, namespaces=NODE_NETWORK):
+        self.name, self.uid, self.namespaces = name, uid, namespaces
+        parent, self.cgroup = f"/kubepods/burstable/pod{uid}", CGROUPS / f"kubepods/burstable/pod{uid}"
+        if systemd:
+            parent = f"kubepods-burstable-pod{uid.replace('-', '_')}.slice"
+            self.cgroup = CGROUPS / "kubepods.slice/kubepods-burstable.slice" / parent
+        self.scope = "cri-containerd-{}.scope" if systemd else "{}"
         # PodSandboxConfig: metadata 1, log_directory 3, labels 6, annotations 7, linux 8 (parent 1, security 2)
         metadata = block(1, name) + block(2, uid) + block(3, namespace)
-        linux = block(1, f"/kubepods/burstable/pod{uid}") + block(2, block(1, NODE_NETWORK))
+        linux = block(1, parent) + block(2, block(1, namespaces))
         config = block(1, metadata) + block(3, "/tmp") + texts(6, labels or {}) + texts(7, annotations or {})
         self.config = config + block(8, linux)
-        # ContainerConfig: metadata 1, image 2, command 3, mounts 7, log_path 11, linux 15 (resources 1, security 2)
-        security = block(3, NODE_NETWORK) + (block(5, number(1, user)) if user else b"")
-        linux = block(1, number(4, limit_mib << 20)) + block(2, security)
-        of_container = block(1, block(1, "agent")) + block(2, block(1, IMAGE)) + block(11, self.log.name)
-        of_container += b"".join(block(3, word) for word in argv)
-        of_container += b"".join(
-            block(7, block(1, to) + block(2, of) + number(3, is_read_only)) for of, to, is_read_only in mounts
+        self.sandbox = call("RunPodSandbox", block(1, self.config) + (block(2, SYSTEMD) if systemd else b""))
+
+    def start(self, name, limit_mib, argv=(), mounts=(), security=b"", environment=None, image=IMAGE):
+        """Start a container; `mounts`: of the host, where it has them, if to read only, if propagated. Its id."""
+        # ContainerConfig: metadata 1, image 2, command 3, envs 6, mounts 7, log_path 11, linux 15 (resources 1, ...)
+        linux = block(1, number(4, limit_mib << 20)) + block(2, block(3, self.namespaces) + security)
+        config = block(1, block(1, name)) + block(2, block(1, image)) + block(11, self.log_of(name).name)
+        config += b"".join(block(3, word) for word in argv) + texts(6, environment or {})
+        config += b"".join(
+            block(7, block(1, to) + block(2, of) + number(3, is_read_only) + number(5, any(is_propagated)))
+            for of, to, is_read_only, *is_propagated in mounts
         )
-        self.sandbox = call("RunPodSandbox", block(1, self.config))
-        request = block(1, self.sandbox) + block(2, of_container + block(15, linux)) + block(3, self.config)
-        self.id = call("CreateContainer", request)
-        call("StartContainer", block(1, self.id))
-        self.container = self.cgroup / self.id
+        request = block(1, self.sandbox) + block(2, config + block(15, linux)) + block(3, self.config)
+        made = call("CreateContainer", request)
+        call("StartContainer", block(1, made))
+        return made
 
-    def status(self):
-        """CRI's, as bytes: the reason of its end stands in it as text."""
-        return ask("ContainerStatus", block(1, self.id))
+    def log_of(self, name):
+        """Where containerd writes what a container says."""
+        return Path(f"/tmp/{self.name}-{name}.log")
 
-    def resize(self, limit_mib):
-        """As a kubelet resizes it in place; LinuxContainerResources: memory_limit_in_bytes 4."""
-        ask("UpdateContainerResources", block(1, self.id) + block(2, number(4, limit_mib << 20)))
+    def memcg_of(self, container_id):
+        """Of one of its containers."""
+        return self.cgroup / self.scope.format(container_id)
 
     def close(self):
         call("StopPodSandbox", block(1, self.sandbox))
         call("RemovePodSandbox", block(1, self.sandbox))
+
+
+def status_of(container_id):
+    """CRI's, as bytes: the reason of its end stands in it as text."""
+    return ask("ContainerStatus", block(1, container_id))
+
+
+def ended(container_id):
+    """As status_of, once it has ended."""
+    found = status_of(container_id)
+    return found if any(reason in found for reason in (b"Completed", b"Error", b"OOMKilled")) else b""
+
+
+def exec_sync(container_id, argv, timeout_s):
+    """As a kubelet's exec probe: the exit code (ExecSyncResponse: 3); raises grpc.RpcError."""
+    request = block(1, container_id) + b"".join(block(2, word) for word in argv) + number(3, timeout_s)
+    answer = ask("ExecSync", request)
+    return answer[-1] if answer[-2:-1] == bytes([3 << 3]) else 0
+
+
+class CriPod(Sandbox):
+    """A pod with one container, `agent`."""
+
+    def __init__(
+        self, uid, name, namespace, limit_mib, labels=None, annotations=None, user=0, systemd=False, **given
+    ):
+        super().__init__(uid, name, namespace, labels, annotations, systemd)
+        self.id = self.start("agent", limit_mib, security=block(5, number(1, user)) if user else b"", **given)
+        self.log, self.container = self.log_of("agent"), self.memcg_of(self.id)
+
+    def status(self):
+        """As status_of."""
+        return status_of(self.id)
+
+    def resize(self, limit_mib):
+        """As a kubelet resizes it in place; LinuxContainerResources: memory_limit_in_bytes 4."""
+        ask("UpdateContainerResources", block(1, self.id) + block(2, number(4, limit_mib << 20)))

@@ -1,0 +1,27 @@
+"""reflex, of what needs no kernel; memcgs are directories of plain files."""
+
+import gc
+import socket
+import weakref
+
+from test_sources import CALM, Node
+
+from governor.brake import KnobFile
+from governor.reflex import Reflex
+
+
+def test_what_it_lets_go_of_needs_no_collection(tmp_path):
+    node, knobs = Node(tmp_path / "agent", 50, 100), str(tmp_path / "knobs")
+    KnobFile(knobs).adopt(0, str(node.path), node.path.stat().st_ino)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reflex = Reflex(ours.fileno(), knobs, "psi")
+    gc.disable()
+    try:
+        reflex._adopt(0, CALM)
+        governed = weakref.ref(reflex._slots[0])
+        reflex._release(reflex._slots[0])
+        assert governed() is None
+    finally:
+        gc.enable()
+        theirs.close()
+        ours.close()
