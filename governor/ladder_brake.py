@@ -153,8 +153,11 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     held = state.held
     assert held
     memory = fresh or held.state
-    recovered = memory.unreclaimable_ratio < min(policy.brake.release_ratio, held.state.unreclaimable_ratio)
-    if recovered or not (state.must_terminate or not _has_room(held, policy, again=False)):
+    fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
+    recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
+    # What was charged for a moment only is given back while it is held: khugepaged charges 2 MiB before it frees them.
+    room = _has_room(replace(held, state=memory) if fell else held, policy, again=state.must_terminate)
+    if recovered or (room and (fell or not state.must_terminate)):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
     if not state.shed_tried and not is_vetoed(state, now_ns) and (shed := _shed(held, policy)):
         return replace(state, shed_ns=now_ns, shed_tried=True), (shed,)

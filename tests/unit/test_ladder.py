@@ -134,6 +134,14 @@ def test_a_second_brake_leaves_the_agents_handler_its_room():
     assert run.state.phase is Phase.TERMINATING
 
 
+@pytest.mark.parametrize(
+    "fresh, phase", [(0.948, Phase.PROBATION), (0.954, Phase.TERMINATING), (0.956, Phase.TERMINATING)]
+)
+def test_what_was_charged_for_a_moment_only_ends_nobody(fresh, phase):
+    run = Run().then(braked(0.91, 10), Archived(True), braked(0.956, 10), Archived(True, memory(fresh)))
+    assert run.state.phase is phase
+
+
 def test_a_loan_that_ends_before_its_archive_is_followed_by_one_more_brake_only():
     run = Run().then(braked(0.91, 10), Thawed(), braked(0.94, 0))
     assert run.names()[-3:] == ["Archive", "Prolong", "Warn"]
