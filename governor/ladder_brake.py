@@ -155,7 +155,7 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     memory = fresh or held.state
     fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
     recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
-    # What was charged for a moment only is given back while it is held: khugepaged charges 2 MiB before it frees them.
+    # khugepaged charges 2 MiB before it frees what they replace: given back while it is held.
     room = _has_room(replace(held, state=memory) if fell else held, policy, again=state.must_terminate)
     if recovered or (room and (fell or not state.must_terminate)):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")

@@ -59,13 +59,19 @@ class Container:
         return process
 
     def agent(self, session, burst, *options):
-        """An agent-like process that waits for .go() before it bursts."""
+        """An agent-like process that waits for .go() before it bursts, to so many MiB if told."""
         begin = session.with_suffix(".begin")
         process = self.start(
             sys.executable, AGENT, session, burst, "--begin", begin, *options, stdout=subprocess.PIPE
         )
         assert process.stdout.readline() == "ready\n"
-        process.go = begin.touch
+
+        def go(total_mib=""):
+            beside = begin.with_suffix(".new")  # an empty one that is written afterwards is read before
+            beside.write_text(str(total_mib))
+            beside.rename(begin)
+
+        process.go = go
         return process
 
     def close(self):

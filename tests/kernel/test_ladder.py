@@ -72,11 +72,10 @@ def test_the_tool_that_bursts_dies_and_the_agent_lives(container, guard, tmp_pat
 @pytest.mark.parametrize("source", ["bpf", "psi"])
 def test_a_slow_peak_of_its_own_that_ends_by_itself_costs_nothing(container, guard, tmp_path, source):
     pod = container(256)
-    begin = tmp_path / "session.begin"
     agent = pod.agent(tmp_path / "session.jsonl", "peak", "--start-mb", "160", "--rate-mb", "12")
     governor = guard(pod, "--source", source).ready()
     assert governor.lines("protecting")[-1]["source"] == source
-    begin.write_text(str(int(0.935 * 256 - pod.ratio() * 256)))
+    agent.go(int(0.935 * 256 - pod.ratio() * 256))
     assert select.select([agent.stdout], [], [], 90)[0], governor.log()
     assert agent.stdout.readline() == "burst over\n", governor.log()
     governor.await_line("braked")
