@@ -37,7 +37,6 @@ __all__ = [
     "Manifest",
     "names",
     "prune",
-    "prune_gone",
     "read_manifest",
     "restore",
     "verify",
@@ -267,55 +266,75 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def prune(directory: Path, target: str, keep_count: int, keep_bytes: int) -> list[str]:
-    """Remove a target's oldest archives until no more than so many, with so many bytes on disk, are left.
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """An archive that is governor's to remove, without the names of its files: of those there are many."""
 
-    The newest stays, and so does the base of every delta that stays. Nothing is touched but complete archives, as
-    governor writes them, of this target. Returns the names removed, oldest first; one that cannot be removed stays.
+    name: str
+    base: str
+    target: str
+    size_bytes: int  # on the disk
+
+
+def prune(directory: Path, target: str, keep_count: int, keep_bytes: int, spare: str = "") -> list[str]:
+    """Remove archives of a target, and of containers that are gone, of which there are enough; the names removed.
+
+    Nothing is touched but complete archives, as governor writes them; one that cannot be removed stays. `spare` has
+    just been made: it and its base are not counted among those of containers that are gone.
     """
-    found = [own for name in names(directory) if (own := _own(directory, name, target))]
+    found = [own for name in names(directory) if (own := _own(directory, name))]
+    of_target = [own for own in found if own.target == target]
+    removed = [name for name in _surplus(of_target, keep_count, keep_bytes) if _remove(directory, name)]
+    spared = {*removed, spare, *(own.base for own in found if own.name == spare)}
+    of_gone = _surplus_of_gone([own for own in found if own.name not in spared], keep_bytes)
+    return removed + [name for name in of_gone if _remove(directory, name)]
+
+
+def _surplus(found: list[_Own], keep_count: int, keep_bytes: int) -> list[str]:
+    """The oldest of one target, until no more than so many, with so many bytes, are left; their names, oldest first.
+
+    The newest stays, and so does the base of every delta that stays.
+    """
     keep: set[str] = set()
     kept_bytes = 0
-    for number, (manifest, size_bytes) in enumerate(reversed(found)):
-        kept_bytes += size_bytes
+    for number, own in enumerate(reversed(found)):
+        kept_bytes += own.size_bytes
         if number and (number >= keep_count or kept_bytes > keep_bytes):
             break
-        keep |= {manifest.name, manifest.base}
-    return [m.name for m, _ in found if m.name not in keep and _remove(directory, m.name)]
+        keep |= {own.name, own.base}
+    return [own.name for own in found if own.name not in keep]
 
 
-def prune_gone(directory: Path, keep_bytes: int, spare: str = "") -> list[str]:
-    """Remove archives of containers that are gone until no more than so many bytes of such are left; their names.
+def _surplus_of_gone(found: list[_Own], keep_bytes: int) -> list[str]:
+    """Archives of containers that are gone, until no more than so many bytes of such are left; their names.
 
-    A container that is started again is another target, so prune() alone would let them grow for ever. First go the
-    oldest of the pod that has most, with what is based on them: nobody's containers push out those of other pods.
-    `spare` stays: it has just been made.
+    A container that is started again is another target, so _surplus() alone would let them grow for ever. First go
+    the oldest of the pod that has most, with what is based on them: nobody's containers push out those of others.
     """
-    by_pod: dict[str, list[tuple[Manifest, int]]] = {}
-    for name in names(directory):
-        own = _own(directory, name) if name != spare else None
-        if own and (place := place_of(own[0].target.removeprefix(ROOT))) and not Path(own[0].target).exists():
+    by_pod: dict[str, list[_Own]] = {}
+    for own in found:
+        if (place := place_of(own.target.removeprefix(ROOT))) and not Path(own.target).exists():
             by_pod.setdefault(place.pod_uid, []).append(own)
-    removed: list[str] = []
-    while (left := [size for found in by_pod.values() for _, size in found]) and (
+    surplus: list[str] = []
+    while (left := [own.size_bytes for of_pod in by_pod.values() for own in of_pod]) and (
         sum(left) > keep_bytes or len(left) > _GONE_LIMIT
     ):
-        found = max(by_pod.values(), key=lambda of: sum(size for _, size in of))
-        oldest = found[0][0].name
-        removed += [each.name for each, _ in found if oldest in (each.name, each.base)]
-        found[:] = [own for own in found if own[0].name not in removed]
-    return [name for name in removed if _remove(directory, name)]
+        most = max(by_pod.values(), key=lambda of_pod: sum(own.size_bytes for own in of_pod))
+        oldest = most[0].name
+        surplus += [own.name for own in most if oldest in (own.name, own.base)]
+        most[:] = [own for own in most if own.name not in surplus]
+    return surplus
 
 
-def _own(directory: Path, name: str, target: str = "") -> tuple[Manifest, int] | None:
-    """The manifest and the bytes on disk of an archive that is governor's to remove, else None; "": of any target."""
+def _own(directory: Path, name: str) -> _Own | None:
+    """None: somebody else's, or damaged."""
     path = directory / name
     try:
         parts = list(path.iterdir())
         if path.is_symlink() or {part.name for part in parts} != _PARTS:
             return None
         manifest = read_manifest(directory, name)
-        return (manifest, sum(part.lstat().st_size for part in parts)) if target in ("", manifest.target) else None
+        return _Own(manifest.name, manifest.base, manifest.target, sum(part.lstat().st_size for part in parts))
     except (OSError, ArchiveError):
         return None
 

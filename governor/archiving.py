@@ -120,9 +120,8 @@ class Archiving:
         directory = Path(made["directory"])
 
         def work() -> bytes:
-            removed = archive.prune(directory, self.cgroup, policy.keep_count, policy.keep_bytes)
-            removed += archive.prune_gone(directory, policy.keep_bytes, spare=made["name"])
-            return b"%d" % len(removed)
+            keep = policy.keep_count, policy.keep_bytes
+            return b"%d" % len(archive.prune(directory, self.cgroup, *keep, spare=made["name"]))
 
         def on_end(pruned: Ended) -> None:
             if not pruned.ok:

@@ -171,17 +171,38 @@ def test_the_base_of_a_delta_that_stays_stays(place):
     archive.verify(place.archives, delta.name)
 
 
-def test_of_containers_that_are_gone_no_more_is_left_and_the_pod_with_most_goes_first(place, tmp_path):
-    def target(pod, number):
-        return f"{tmp_path}/kubepods/burstable/pod{pod}/{number:064x}"
+def container(tmp_path, pod, number):
+    return f"{tmp_path}/kubepods/burstable/pod{pod}/{number:064x}"
 
+
+def test_of_containers_that_are_gone_no_more_is_left_and_the_pod_with_most_goes_first(place, tmp_path):
     place.file("a", os.urandom(1 << 20))
-    os.makedirs(target("a", 9))
-    quiet, there = place.write(target=target("b", 0)).name, place.write(target=target("a", 9)).name
-    loud = [place.write(target=target("a", number)).name for number in range(5)]
-    assert archive.prune_gone(place.archives, 3 << 20) == loud[:4]
+    here = container(tmp_path, "a", 9)
+    os.makedirs(here)
+    quiet, there = place.write(target=container(tmp_path, "b", 0)).name, place.write(target=here).name
+    loud = [place.write(target=container(tmp_path, "a", number)).name for number in range(5)]
+    assert archive.prune(place.archives, here, 100, 3 << 20) == loud[:4]
     assert archive.names(place.archives) == [quiet, there, loud[4]]
-    assert archive.prune_gone(place.archives, 0, spare=loud[4]) == [quiet]
+    assert archive.prune(place.archives, here, 100, 0, spare=loud[4]) == [quiet]
+
+
+def test_what_the_last_archive_of_a_container_that_is_gone_is_based_on_stays(place, tmp_path):
+    gone = container(tmp_path, "a", 0)
+    place.file("a", os.urandom(1 << 20))
+    full = place.write(target=gone)
+    place.file("new", b"saved on SIGTERM")
+    delta = place.write(target=gone, since=full)
+    other = place.write(target=container(tmp_path, "b", 0)).name
+    assert archive.prune(place.archives, gone, 100, 0, spare=delta.name) == [other]
+    archive.verify(place.archives, delta.name)
+
+
+def test_of_a_target_and_of_who_is_gone_all_goes_at_once(place, tmp_path):
+    place.file("a", os.urandom(1 << 20))
+    gone = [place.write(target=container(tmp_path, "a", number)).name for number in range(2)]
+    made = [manifest.name for manifest in many(place, 2)]
+    assert archive.prune(place.archives, TARGET, 1, 1 << 20, spare=made[1]) == [made[0], *gone]
+    assert archive.names(place.archives) == [made[1]]
 
 
 def test_what_is_not_governors_or_of_another_target_stays(place, tmp_path):
