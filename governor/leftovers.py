@@ -1,4 +1,4 @@
-"""Run-time files that nobody uses any more: a killed governor's, removed at each start and by `governor off`."""
+"""Files that nobody uses any more: a killed governor's, removed at each start and by `governor off`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from governor import instance, veto
+from governor import instance, state_file, veto
 from governor.brake import KnobFile
 
 _YOUNG_S = 60.0  # whoever made it may be about to use it
@@ -23,17 +23,19 @@ def sweep(young_s: float = _YOUNG_S) -> list[str]:
 
     A knob file with something in it that is still to be undone stays.
     """
-    kinds: tuple[tuple[str, Callable[[Path], bool]], ...] = (
-        ("*.sock", _is_deaf),
-        ("run-*.resume*", _is_of_the_dead),
-        ("memcg-*.hold", veto.is_over),
-        ("memcg-*.told", _is_old_news),
-        ("*.knobs", _is_undone),
-        ("*.lock", lambda _: True),
+    run, states = instance.run_directory(), state_file.path_for("").parent
+    kinds: tuple[tuple[Path, str, Callable[[Path], bool]], ...] = (
+        (run, "*.sock", _is_deaf),
+        (run, "run-*.resume*", _is_of_the_dead),
+        (run, "memcg-*.hold", veto.is_over),
+        (run, "memcg-*.told", _is_old_news),
+        (run, "*.knobs", _is_undone),
+        (run, "*.lock", lambda _: True),
+        (states, ".*", state_file.is_left_over),  # not for each target: of states a node has a thousand
     )
     removed = []
-    for pattern, is_left in kinds:
-        for path in sorted(instance.run_directory().glob(pattern)):
+    for directory, pattern, is_left in kinds:
+        for path in sorted(directory.glob(pattern)):
             with suppress(OSError, instance.Busy):
                 if time.time() - path.lstat().st_mtime >= young_s and _remove(path, is_left):
                     removed.append(path.name)

@@ -25,6 +25,7 @@ from governor.pods import place_of
 VERSION = 3
 _LIMIT_BYTES = 1 << 20
 _ABSENT_S = 86400.0  # what is younger may be of a governor that sees other cgroups
+_BESIDE = re.compile(r"\.(?:state-.*\.json|mem_governor_state)\.(\d+)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -71,7 +72,6 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
 
     A file that cannot be used is renamed to `<name>.aside-<seconds>`; nothing is raised.
     """
-    _sweep(path)
     try:
         data = _read(path)
     except FileNotFoundError:
@@ -82,6 +82,12 @@ def load(path: Path, target: str) -> tuple[Saved | None, str]:
         return _understood(orjson.loads(data), target), ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path} is not a state of this target ({error}): beginning anew{_set_aside(path)}"
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a governor that was killed while it saved left it."""
+    saver = _BESIDE.fullmatch(path.name)
+    return bool(saver) and not Path("/proc", saver[1] if saver else "").exists()
 
 
 def sweep_containers(cgroup_root: str) -> int:
@@ -96,16 +102,6 @@ def sweep_containers(cgroup_root: str) -> int:
                 path.unlink()
                 removed += 1
     return removed
-
-
-def _sweep(path: Path) -> None:
-    """What a governor left that was killed while it saved. No glob: that compiles and keeps a pattern a target."""
-    beside = f".{path.name}."
-    with suppress(OSError):
-        for name in os.listdir(path.parent):  # noqa: PTH208  a node has a thousand
-            pid = name.removeprefix(beside)
-            if name.startswith(beside) and pid.isdigit() and not Path("/proc", pid).exists():
-                path.with_name(name).unlink()
 
 
 def _understood(values: dict[str, Any], target: str) -> Saved:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ladder import REACHED, Run, braked, events, histories, memory, policies, tool
 
-from governor import ladder, model, replay, state_file
+from governor import instance, ladder, leftovers, model, replay, state_file
 from governor.codec import plain, restored
 from governor.journal import Journal
 from governor.model import Answered, Archived, Phase, Sampled, Signalled, State, Status, Tier
@@ -73,11 +73,22 @@ def test_a_state_comes_back(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_killed_governor_left_half_written_goes(tmp_path):
-    for suffix in ("999999999", "swp", str(os.getpid())):
-        (tmp_path / f".state.{suffix}").touch()
-    assert state_file.load(tmp_path / "state", TARGET) == (None, "")
-    assert {path.name for path in tmp_path.iterdir()} == {".state.swp", f".state.{os.getpid()}"}
+@pytest.mark.parametrize("data", ["", "data"])
+def test_what_a_killed_governor_left_half_written_goes_at_the_next_start(tmp_path, monkeypatch, data):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(instance, "run_directory", lambda: tmp_path / "run")
+    monkeypatch.setenv("AGENT_DATA", data and str(tmp_path / data))
+    path = state_file.path_for(TARGET)
+    state_file.save(path, saved())
+    kept = {path.name, f".{path.name}.{os.getpid()}", f".{path.name}.swp", ".state.999999999", "b.json.999999999"}
+    left = f".{path.name}.999999999"
+    for name in {left, *kept} - {path.name}:
+        (path.parent / name).touch()
+    assert leftovers.sweep() == []  # young
+    assert leftovers.sweep(0) == [left]
+    assert {each.name for each in path.parent.iterdir()} == kept
+    assert state_file.load(path, TARGET) == (saved(), "")
 
 
 def test_after_a_reboot_stamps_are_as_long_ago_as_they_were(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ def run_directory(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.setattr(instance, "run_directory", lambda: path)
     monkeypatch.setattr(pins, "INSTANCES", tmp_path / "bpf")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     return path
 
 
