@@ -23,7 +23,7 @@ class Vitals:
     has_bpf: bool
     scanned: bool  # discovery has looked at the whole tree once; True where there is none
     late_ns: int  # how long the look at a target is overdue that is overdue for longest
-    without_source: int  # targets that reflex does not watch yet
+    waiting: int  # targets of which reflex has not said yet whether it can watch them
 
 
 def faults(vitals: Vitals) -> list[str]:
@@ -40,10 +40,13 @@ def faults(vitals: Vitals) -> list[str]:
 
 
 def not_ready(vitals: Vitals) -> list[str]:
-    """Why not everything that is to be protected is; empty when it is."""
+    """Why a start is not over: what is to be protected is not yet; empty when it is.
+
+    Whoever cannot be protected is not waited for: one container of that kind says nothing of the others.
+    """
     found = faults(vitals)
     if not vitals.scanned:
         found.append("the first scan for containers is not over")
-    if vitals.without_source:
-        found.append(f"{vitals.without_source} targets are not watched by reflex yet")
+    if vitals.waiting:
+        found.append(f"{vitals.waiting} targets wait for reflex to watch them")
     return found

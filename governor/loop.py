@@ -165,7 +165,7 @@ class Loop:
             has_bpf=not self._programs.lost,
             scanned=scanned,
             late_ns=max((target.late_ns(now_ns) for target in self.targets.values()), default=0),
-            without_source=sum(not target.reports.source for target in self.targets.values()),
+            waiting=sum(not target.reports.is_answered for target in self.targets.values()),
         )
 
     # The loop

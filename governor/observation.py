@@ -22,6 +22,7 @@ class Observation:
     def __init__(self, loop: Loop, listen: str) -> None:
         """Raises ValueError for an address that is none, OSError for one that cannot be had."""
         self._loop, self._pid = loop, os.getpid()
+        self._has_begun = False  # everything that the first scan found is protected; who comes later is no start
         self._subscribers = Subscribers(loop.poller, lambda: {"cgroup": "", "agent_pid": 0})
         self._subscribers.on_status = self._status
         path = instance.run_directory() / status.NODE_SOCKET
@@ -31,13 +32,14 @@ class Observation:
             loop.note("no_socket", f"nobody can ask for the status: {path}: {error.strerror}")
         self._endpoint = HttpEndpoint(loop.poller, loop.children, lambda *a, **f: loop.note(*a, **f))
         self._endpoint.faults = lambda: health.faults(self._vitals())
-        self._endpoint.not_ready = lambda: health.not_ready(self._vitals())
+        self._endpoint.not_ready = self._not_ready
         self._endpoint.exposition = self._exposition
         if listen:
             self._endpoint.listen(listen)
 
     def turn(self, now_ns: int) -> None:
         """Deadlines; to be called every second."""
+        self._has_begun = self._has_begun or not self._not_ready()
         self._subscribers.check_deadlines(now_ns)
         self._endpoint.check_deadlines(now_ns)
 
@@ -45,6 +47,9 @@ class Observation:
         """Nobody is answered any more."""
         self._subscribers.close()
         self._endpoint.close()
+
+    def _not_ready(self) -> list[str]:
+        return (health.faults if self._has_begun else health.not_ready)(self._vitals())
 
     def _vitals(self) -> health.Vitals:
         return self._loop.vitals(scanned=self._loop.tally.scans > 0)

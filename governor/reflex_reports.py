@@ -37,17 +37,20 @@ class ReflexReports:
     note: Note
     say: Callable[[str], None]  # to people alone
     source: str = ""  # where crossings come from; not known before reflex has adopted the memcg
+    is_answered: bool = False  # reflex has said whether it can watch it
     level: int = 0  # the last that was heard of
     _pretended_ns: int = 0  # when a dry run decided last
     _held_ns: int = 0  # when the last brake was confirmed
 
     def lost_reflex(self) -> None:
         """reflex ended, and its brake was undone."""
+        self.is_answered = False
         if self.decisions.state.phase is Phase.HELD:
             self.decisions.feed(model.Thawed())
 
     def on_said(self, what: link.Braked | link.Thawed | link.Adopted | link.Source) -> None:
         """What was said of this slot."""
+        self.is_answered |= isinstance(what, link.Adopted)
         match what:
             case link.Braked():
                 self.shared.tally.braked(self.slot, what)

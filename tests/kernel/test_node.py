@@ -14,11 +14,13 @@ from conftest import INSTANCE, Container, in_a_fork
 
 from governor import bpflib, cgroup, instance, record
 from tests.journal_lines import lines_of
+from tests.probes import answer
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.any_kernel
 
 SELECTS = '[select]\nnamespace = ["agents"]\n\n[archive]\nglobs = ["{sessions}/*.jsonl"]\n'
+HEALTH = 9464
 BUNDLE = "run/containerd/io.containerd.runtime.v2.task/k8s.io/{id}/config.json"
 
 
@@ -163,6 +165,27 @@ def test_beside_bpf_no_memcg_costs_a_kernel_thread(node):
     opened = [os.readlink(each) for each in Path(f"/proc/{reflex_pid}/fd").iterdir()]
     assert any(path.endswith("memory.events") for path in opened)
     assert not any(path.endswith("memory.pressure") for path in opened)
+
+
+def test_health_fails_while_the_loop_stalls_and_once_the_programs_are_gone(node, loaded):
+    pod = node.pod(64)
+    pod.start("sleep", "600")
+    node.daemon("--listen", f"127.0.0.1:{HEALTH}")
+    wait_for(lambda: any(line["source"] == "bpf" for line in node.lines(pod, "protecting")))
+    wait_for(lambda: answer(HEALTH, 5, "/readyz") == 200, what="a start that is over")
+    assert answer(HEALTH, 5, "/healthz") == 200
+    node.process.send_signal(signal.SIGSTOP)
+    try:
+        assert answer(HEALTH, 1, "/healthz") == 0
+    finally:
+        node.process.send_signal(signal.SIGCONT)
+    assert answer(HEALTH, 5, "/healthz") == 200
+    away = loaded.rename(loaded.with_name("away"))  # as after governor unload, but nobody need compile them again
+    try:
+        wait_for(lambda: answer(HEALTH, 5, "/healthz") == 503, what="the end of the programs")
+        assert answer(HEALTH, 5, "/readyz") == 503
+    finally:
+        away.rename(loaded)
 
 
 def test_a_dry_run_touches_nothing(node, tmp_path):

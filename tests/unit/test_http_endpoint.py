@@ -118,7 +118,7 @@ def test_what_is_asked(served, request_, status):
 
 def vitals(**changed):
     well = {"reflex_runs": True, "reflex_silent": False, "had_bpf": True, "has_bpf": True, "scanned": True}
-    return Vitals(**(well | {"late_ns": 0, "without_source": 0} | changed))
+    return Vitals(**(well | {"late_ns": 0, "waiting": 0} | changed))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def vitals(**changed):
         ({"has_bpf": False}, 503, 503, "programs are gone"),
         ({"late_ns": 41 * SECOND}, 503, 503, "41 s late"),
         ({"scanned": False}, 200, 503, "first scan"),
-        ({"without_source": 3}, 200, 503, "3 targets"),
+        ({"waiting": 3}, 200, 503, "3 targets"),
     ],
 )
 def test_health(served, changed, healthy, ready, said):

@@ -30,15 +30,21 @@ class Running:
     """A loop that governs one memcg; what reflex would say is said to it."""
 
     def __init__(self, tmp_path, dry_run=False):
-        self.path = tmp_path / "memcg"
-        self.path.mkdir()
-        for name, text in FILES.items():
-            (self.path / name).write_text(text)
-        container = Container(str(self.path), "c0ffee", "uid", "burstable", *NAMES)
+        self.path = tmp_path / "memcg-0"
         self.loop = Loop("obs", str(tmp_path / "knobs"), Source.POLL)
-        guard = Guard(str(self.path), "obs", str(tmp_path / "knobs"), str(tmp_path), str(tmp_path / "journal"))
-        self.target = self.loop.add(guard, 0, Policy(dry_run=dry_run), None, container=container)
+        self.target = self.add(dry_run)
         self.observation = Observation(self.loop, "127.0.0.1:0")
+
+    def add(self, dry_run=False):
+        slot = self.loop.knob_file.free_slot()
+        path = self.path.with_name(f"memcg-{slot}")
+        path.mkdir()
+        for name, text in FILES.items():
+            (path / name).write_text(text)
+        container = Container(str(path), "c0ffee", "uid", "burstable", *NAMES)
+        above = path.parent
+        guard = Guard(str(path), "obs", str(above / "knobs"), str(above), str(above / "journal"))
+        return self.loop.add(guard, slot, Policy(dry_run=dry_run), None, container=container)
 
     def say(self, *messages):
         for message in messages:
@@ -169,10 +175,10 @@ def test_vitals(running, monkeypatch):
     assert health.faults(one.loop.vitals()) == ["reflex does not run"]
     assert health.not_ready(one.loop.vitals(False))[1:] == [
         "the first scan for containers is not over",
-        "1 targets are not watched by reflex yet",
+        "1 targets wait for reflex to watch them",
     ]
     one.say(link.Adopted(0, True, poll_source.BPF, FREEZE))
-    assert not one.loop.vitals().without_source
+    assert not one.loop.vitals().waiting
     one.target.sample(time.monotonic_ns())
     assert one.loop.vitals().late_ns < 0
     later_ns = time.monotonic_ns() + 60 * SECOND
@@ -180,6 +186,26 @@ def test_vitals(running, monkeypatch):
     assert one.loop.vitals().late_ns > 40 * SECOND
     one.say(link.Refused("somebody unloaded them"), link.Source(0, poll_source.POLL, FREEZE))
     assert "the BPF programs are gone: polling only" in health.faults(one.loop.vitals())
+
+
+@pytest.mark.parametrize("can_be_watched", [True, False])
+def test_it_is_ready_once_whoever_was_there_is_watched_or_cannot_be(running, can_be_watched):
+    one = running()
+    not_ready = one.observation._endpoint.not_ready
+    one.loop._keep_reflex(time.monotonic_ns())  # what it answers is not read
+    one.observation.turn(0)
+    assert not_ready() == ["the first scan for containers is not over", "1 targets wait for reflex to watch them"]
+    one.loop.tally.scanned(1)
+    one.observation.turn(0)
+    assert not_ready() == ["1 targets wait for reflex to watch them"]
+    one.say(link.Adopted(0, can_be_watched, poll_source.POLL, FREEZE))
+    one.observation.turn(0)
+    assert not_ready() == []
+    one.add()
+    assert one.loop.vitals().waiting == 1
+    assert not_ready() == []
+    one.loop._reflex.stop()
+    assert not_ready() == ["reflex does not run"]
 
 
 def test_one_that_is_let_go_of_is_seen_no_more(running):

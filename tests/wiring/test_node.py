@@ -3,7 +3,6 @@ with nothing of governor in them.
 """
 
 import fcntl
-import http.client
 import json
 import signal
 import socket
@@ -23,6 +22,7 @@ from daemon_set import DaemonSet
 from governor import cgroup, pins
 from governor.loan import Loan
 from governor.restore import restore
+from tests.probes import answer
 from tests.screen import Screen
 
 POLICY = """
@@ -200,18 +200,6 @@ def is_held(pod):
     return (pod.container / "cgroup.freeze").read_text() == "1\n"
 
 
-def answer(port, timeout_s, path="/"):
-    """As a kubelet's httpGet: the status, 0 if none came in time."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except TimeoutError:
-        return 0
-    finally:
-        connection.close()
-
-
 def refused(pod, argv, timeout_s):
     with pytest.raises(grpc.RpcError) as raised:
         exec_sync(pod.id, argv, timeout_s)
@@ -308,6 +296,7 @@ def test_when_its_pod_is_deleted_the_programs_go_first_and_nobody_is_left_held(n
     assert node.daemon.run_pre_stop() == 0
     assert pins.current("node") is None
     wait_for(lambda: node.said("protecting", pod)["source"] == "psi", what="polling")
+    assert answer(HEALTH, 5, "/healthz") == 503
     node.daemon.signal(signal.SIGSTOP)
     pod.go()
     wait_for(lambda: is_held(pod), what="the brake")
