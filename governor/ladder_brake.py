@@ -31,6 +31,7 @@ from governor.tiers import since
 _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
 _OWN_SHARE = 4  # a burst is a tool's if the agent's own growth is at most a quarter of it
 _HIGHEST_RATIO = 0.99  # a brake is never set above
+_TREND_NS = 250 * MS  # what a trend is of at least: charge.bpf.c's and the polling's
 _REACTION_NS = 10 * MS  # at its speed of this moment it must not get to the last level so soon
 _HANDLER_RATIO = 0.015  # of max, below the last level: what an agent's SIGTERM handler is left with
 
@@ -107,6 +108,15 @@ def _has_room(held: Braked, policy: Policy, again: bool) -> bool:
     return (last_ratio * memory.max_bytes - memory.unreclaimable_bytes) * SECOND >= max(1, needed_ns)
 
 
+def _given_back(held: Braked, memory: MemoryState) -> Braked:
+    """As it is by now. khugepaged charges 2 MiB before it frees what they replace: given back, that was no growth."""
+    fell_bytes = held.state.unreclaimable_bytes - memory.unreclaimable_bytes
+    held = replace(held, state=memory)
+    if held.trend_bytes is None or fell_bytes * SECOND < held.trend_bytes * _TREND_NS:
+        return held
+    return replace(held, trend_bytes=0, fill_rate_bytes=0)
+
+
 def _shed(held: Braked, policy: Policy) -> Shed | None:
     """The tree to shed: it grew enough to matter, and the agent's own share did not."""
     growth = held.growth
@@ -155,8 +165,7 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     memory = fresh or held.state
     fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
     recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
-    # khugepaged charges 2 MiB before it frees what they replace: given back while it is held.
-    room = _has_room(replace(held, state=memory) if fell else held, policy, again=state.must_terminate)
+    room = _has_room(_given_back(held, memory) if fell else held, policy, again=state.must_terminate)
     if recovered or (room and (fell or not state.must_terminate)):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
     if not state.shed_tried and not is_vetoed(state, now_ns) and (shed := _shed(held, policy)):

@@ -142,6 +142,15 @@ def test_what_was_charged_for_a_moment_only_ends_nobody(fresh, phase):
     assert run.state.phase is phase
 
 
+@pytest.mark.parametrize("given_back_mib, phase", [(2, Phase.PROBATION), (1, Phase.TERMINATING)])
+def test_what_is_given_back_was_no_growth_however_fast_it_came(given_back_mib, phase):
+    full = memory(0.947, 115 * MIB)
+    fast = Braked(full, 5 * MIB, True, None, 1200 * MIB)
+    fresh = full._replace(usage_bytes=full.usage_bytes - given_back_mib * MIB)
+    run = Run().then(braked(0.93, 1), Archived(True), fast, Archived(True, fresh))
+    assert run.state.phase is phase
+
+
 def test_a_loan_that_ends_before_its_archive_is_followed_by_one_more_brake_only():
     run = Run().then(braked(0.91, 10), Thawed(), braked(0.94, 0))
     assert run.names()[-3:] == ["Archive", "Prolong", "Warn"]
