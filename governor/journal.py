@@ -10,7 +10,7 @@ Fields of every line: `time` (ISO 8601, UTC), `monotonic_ns`, `kind`, `target`. 
                the phase after it; the row of the transition table that applied ("" if none); what was decided,
                before it is carried out. Samples that change nothing are left out unless memory moved by 1 % or a
                minute passed, or usage, cache included, by 5 % and ten seconds passed; the one before a jump is kept.
-    crossing, verify, stall                  record: what the BPF programs sent
+    crossing, stall                          record: what the BPF programs sent
     all others  text, and figures            what became of it: braked, thawed, archived, killed, delivered, ...
 
 A file over LIMIT_BYTES becomes FILE.1, that FILE.2, and so on up to FILE.<KEEP>. Text that came from outside is

@@ -21,7 +21,7 @@ HAS_MEMORY, HAS_RATE, HAS_STALL, HAS_TREND = 1, 2, 4, 8
 
 LEVELS = 4
 LEVEL_COMPACT, LEVEL_ARM, LEVEL_BRAKE, LEVEL_LAST = 1, 2, 3, 4
-KIND_NAMES = {CROSSING: "crossing", VERIFY: "verify", STALL: "stall", OOM_KILL: "oom_kill"}
+KIND_NAMES = {CROSSING: "crossing", STALL: "stall", OOM_KILL: "oom_kill"}
 LEVEL_NAMES = ("below", "compact", "arm", "brake", "last")
 
 _RECORD = struct.Struct("=QQIIIIIIQQQQQQQQ")

@@ -64,10 +64,11 @@ class Reflex:
             governed.poll.told(found)
             self._braking.on_crossing(governed, found)
             data = found._replace(cgroup_id=governed.limits.cgroup_id).encode()
-        elif found.kind == record.VERIFY:
+        elif found.kind == record.VERIFY:  # several a second of a full memcg, and only ours to answer
             for governed in self._watches.watchers(found.cgroup_id):
                 governed.wants_verify = True
                 self._braking.plan(governed)
+            return
         elif found.kind == record.OOM_KILL and found.cgroup_id not in self._governed:
             path = memcg_of(found.pid)  # the limit is one below or above: is the victim ours?
             for governed in self._governed.values():
