@@ -6,6 +6,7 @@ selected is not touched. What becomes of a target is the loop's; nothing here de
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -46,6 +47,7 @@ from governor.toml_file import FileError
 _DESCRIPTORS = 1 << 16  # a target has about ten
 _JOURNALS, _JOURNALS_KEPT = "containers", 256
 _AGAIN_NS = 30_000_000_000  # until a container that could not be governed is tried again
+_COLLECTIONS = (700, 10, 2)  # Python's third is 10: targets are cyclic, and those that are gone would wait as long
 _CHOOSING_NS = 50_000_000  # at a time: a thousand new ones must not keep the loop from those that are there
 
 
@@ -341,6 +343,8 @@ def main() -> int:
             pins.unload(wanted.instance)
         return 1
     real_time.become_prompt()
+    gc.freeze()  # what stays for good is looked through no more
+    gc.set_threshold(*_COLLECTIONS)
     return node.run()
 
 
