@@ -13,6 +13,8 @@ from pathlib import Path
 
 import grpc
 
+from governor.cri_call import UID_LABEL
+from governor.pods import GUARANTEED
 from tests.fakes.cri import block, number, texts
 
 SOCKET = "/run/containerd/containerd.sock"
@@ -79,25 +81,43 @@ def image():
 class Sandbox:
     """A pod: its memcg as the kubelet of a driver names it, and its pause container."""
 
-    def __init__(self, uid, name, namespace, labels=None, annotations=None, systemd=False, namespaces=NODE_NETWORK):
-        self.name, self.uid, self.namespaces = name, uid, namespaces
-        parent, self.cgroup = f"/kubepods/burstable/pod{uid}", CGROUPS / f"kubepods/burstable/pod{uid}"
+    def __init__(
+        self,
+        uid,
+        name,
+        namespace,
+        labels=None,
+        annotations=None,
+        systemd=False,
+        namespaces=NODE_NETWORK,
+        qos="burstable",
+    ):
+        self.name, self.uid, self.namespace, self.namespaces = name, uid, namespace, namespaces
+        levels = [] if qos == GUARANTEED else [qos]  # one level up
+        parent = "/".join(["/kubepods", *levels, f"pod{uid}"])
+        self.cgroup = CGROUPS / parent[1:]
         if systemd:
-            parent = f"kubepods-burstable-pod{uid.replace('-', '_')}.slice"
-            self.cgroup = CGROUPS / "kubepods.slice/kubepods-burstable.slice" / parent
+            classes = ["kubepods.slice", *(f"kubepods-{level}.slice" for level in levels)]
+            parent = "-".join(["kubepods", *levels, f"pod{uid.replace('-', '_')}.slice"])
+            self.cgroup = CGROUPS.joinpath(*classes, parent)
         self.scope = "cri-containerd-{}.scope" if systemd else "{}"
         # PodSandboxConfig: metadata 1, log_directory 3, labels 6, annotations 7, linux 8 (parent 1, security 2)
         metadata = block(1, name) + block(2, uid) + block(3, namespace)
         linux = block(1, parent) + block(2, block(1, namespaces))
-        config = block(1, metadata) + block(3, "/tmp") + texts(6, labels or {}) + texts(7, annotations or {})
+        config = block(1, metadata) + block(3, "/tmp")
+        config += texts(6, {UID_LABEL: uid, **(labels or {})}) + texts(7, annotations or {})
         self.config = config + block(8, linux)
         self.sandbox = call("RunPodSandbox", block(1, self.config) + (block(2, SYSTEMD) if systemd else b""))
 
-    def start(self, name, limit_mib, argv=(), mounts=(), security=b"", environment=None, image=IMAGE):
-        """Start a container; `mounts`: of the host, where it has them, if to read only, if propagated. Its id."""
+    def start(self, name, limit_mib, argv=(), mounts=(), security=b"", environment=None, image=IMAGE, attempt=0):
+        """Start a container; `mounts`: of the host, where it has them, if to read only, if propagated. Its id.
+
+        One that is started again has the next `attempt`.
+        """
         # ContainerConfig: metadata 1, image 2, command 3, envs 6, mounts 7, log_path 11, linux 15 (resources 1, ...)
         linux = block(1, number(4, limit_mib << 20)) + block(2, block(3, self.namespaces) + security)
-        config = block(1, block(1, name)) + block(2, block(1, image)) + block(11, self.log_of(name).name)
+        metadata = block(1, name) + number(2, attempt)
+        config = block(1, metadata) + block(2, block(1, image)) + block(11, self.log_of(name).name)
         config += b"".join(block(3, word) for word in argv) + texts(6, environment or {})
         config += b"".join(
             block(7, block(1, to) + block(2, of) + number(3, is_read_only) + number(5, any(is_propagated)))
@@ -142,11 +162,12 @@ def exec_sync(container_id, argv, timeout_s):
 class CriPod(Sandbox):
     """A pod with one container, `agent`."""
 
-    def __init__(
-        self, uid, name, namespace, limit_mib, labels=None, annotations=None, user=0, systemd=False, **given
-    ):
-        super().__init__(uid, name, namespace, labels, annotations, systemd)
-        self.id = self.start("agent", limit_mib, security=block(5, number(1, user)) if user else b"", **given)
+    def __init__(self, uid, name, namespace, limit_mib, user=0, capabilities=(), sandbox=None, **given):
+        """`sandbox`: further arguments of Sandbox; `given`: of start()."""
+        super().__init__(uid, name, namespace, **(sandbox or {}))
+        security = block(1, b"".join(block(1, name) for name in capabilities)) if capabilities else b""
+        security += block(5, number(1, user)) if user else b""
+        self.id = self.start("agent", limit_mib, security=security, **given)
         self.log, self.container = self.log_of("agent"), self.memcg_of(self.id)
 
     def status(self):

@@ -16,6 +16,10 @@ from conftest import MASKED, READ_ONLY, ROOT, wait_for
 from cri_pods import IMAGE, NODE_NETWORK, NODE_PIDS, Sandbox, block, ended, exec_sync, number
 
 POD = yaml.safe_load((ROOT / "scripts/k8s/base/daemonset.yaml").read_text())["spec"]["template"]["spec"]
+[LABELS] = yaml.safe_load((ROOT / "scripts/k8s/components/labels/kustomization.yaml").read_text())["patches"]
+ADDED = [step["value"] for step in yaml.safe_load(LABELS["patch"]) if step["path"].startswith("/spec/")]
+POD["volumes"] += [one for one in ADDED if "hostPath" in one]
+POD["containers"][0]["volumeMounts"] += [one for one in ADDED if "mountPath" in one]
 [BUILT] = yaml.safe_load((ROOT / "scripts/k8s/base/kustomization.yaml").read_text())["images"]
 ARCHIVE = os.environ.get("GOVERNOR_IMAGE")
 MACHINE_FILES = [(path, path, True) for path in ("/usr", "/opt/deps", str(ROOT))]
@@ -40,7 +44,7 @@ def options_of(mount):
 
 
 class DaemonSet:
-    """One node's pod of it; acting, as the overlay "live" has it."""
+    """One node's pod of it; acting and asking the runtime, as the components "live" and "labels" have it."""
 
     def __init__(self, tmp_path, policies, state):
         if ARCHIVE:
@@ -49,17 +53,23 @@ class DaemonSet:
         state.mkdir()
         own = {"state": state, "policies": policies, "tmp": tmp_path / "tmp"}
         self.places = {one["name"]: str(own.get(one["name"]) or one["hostPath"]["path"]) for one in POD["volumes"]}
-        for place in self.places.values():
-            Path(place).mkdir(parents=True, exist_ok=True)
+        for place in map(Path, self.places.values()):
+            if not place.is_socket():
+                place.mkdir(parents=True, exist_ok=True)
         self.pod = Sandbox(str(uuid.uuid4()), "governor", "governor", namespaces=NODE_NETWORK + NODE_PIDS)
-        [loader], [daemon] = POD["initContainers"], POD["containers"]
+        [loader], [self.container] = POD["initContainers"], POD["containers"]
         loading = self.start(loader)
         assert b"Completed" in wait_for(lambda: ended(loading), 200, "the loader's end"), self.log("loader")
         assert "polling" not in self.log("loader"), self.log("loader")
-        self.id = self.start(daemon)
-        self.memcg, self.pre_stop = self.pod.memcg_of(self.id), daemon["lifecycle"]["preStop"]["exec"]["command"]
+        self.attempt = 0
+        self.begin()
 
-    def start(self, container):
+    def begin(self):
+        """The daemon's container; once it has ended, the one that a kubelet puts in its place: no loader runs."""
+        self.id = self.start(self.container, self.attempt)
+        self.memcg, self.attempt = self.pod.memcg_of(self.id), self.attempt + 1
+
+    def start(self, container, attempt=0):
         limit = container["resources"]["limits"]["memory"]
         assert limit.endswith("Mi")
         words = [word.replace("$(POD_IP)", "127.0.0.1") for word in container.get("args", []) if word != "--dry-run"]
@@ -78,6 +88,7 @@ class DaemonSet:
             security=security_of(container),
             environment=environment,
             image=image,
+            attempt=attempt,
         )
 
     def log(self, container="governor"):
@@ -96,7 +107,7 @@ class DaemonSet:
         os.kill(self.pids[0], number)
 
     def run_pre_stop(self):
-        return exec_sync(self.id, self.pre_stop, 60)
+        return exec_sync(self.id, self.container["lifecycle"]["preStop"]["exec"]["command"], 60)
 
     def close(self):
         self.pod.close()

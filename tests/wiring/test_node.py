@@ -4,6 +4,7 @@ with nothing of governor in them.
 
 import fcntl
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -15,86 +16,17 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import CGROUPS, GOVERNOR, ROOT, checked, wait_for
+from conftest import CGROUPS, GOVERNOR, checked, sh, wait_for
 from cri_pods import CriPod, ask, block, ended, exec_sync, number
 from daemon_set import DaemonSet
+from governed_node import POLICIES, Node, is_ended_with_care, is_saved
 
 from governor import cgroup, pins
 from governor.loan import Loan
-from governor.restore import restore
 from tests.probes import answer
 from tests.screen import Screen
 
-POLICY = """
-[select]
-namespace = ["agents"]
-
-[archive]
-globs = ["/tmp/*.jsonl", "/tmp/compacted"]
-
-[compact]
-exec = ["/usr/bin/sh", "-c", "id -u > /tmp/compacted; grep -h CapEff /proc/self/status >> /tmp/compacted"]
-settle = "1s"
-"""
-USER, PORT, HEALTH = 1500, 8099, 9464
-
-
-class Node:
-    """The daemon, and the pods of the tests."""
-
-    def __init__(self, tmp_path, daemon, state):
-        self.tmp_path, self.pods, self.count = tmp_path, [], 0
-        self.daemon, self.state = daemon, state
-        self.said("begun")
-
-    def pod(self, namespace, limit_mib, *words, fake="agent", systemd=False):
-        """A container that keeps its session in a file system of its own, and bursts once told so."""
-        uid = str(uuid.uuid4())
-        told = self.tmp_path / uid
-        told.mkdir()
-        told.chmod(0o777)
-        mounts = [(path, path, True) for path in ("/usr", str(ROOT))]
-        (told / "log").touch(0o666)  # as a kubelet makes it
-        (told / "log").chmod(0o666)
-        mounts += [(str(told), "/told", False), (str(told / "log"), "/dev/termination-log", False)]
-        self.count += 1
-        name, port = f"pod-{self.count}", PORT + self.count
-        given = {"agent": ["/tmp/s.jsonl", *words, "--begin", "/told/begin"], "holder": ["/told", str(port)]}
-        argv = ["/usr/bin/python3", f"{ROOT}/tests/fakes/{fake}.py", *given[fake]]
-        pod = CriPod(uid, name, namespace, limit_mib, argv=argv, mounts=mounts, user=USER, systemd=systemd)
-        pod.go, pod.termination_log, pod.told, pod.port = (told / "begin").touch, told / "log", told, port
-        self.pods.append(pod)
-        return pod
-
-    def said(self, kind, pod=None):
-        """The last line of a kind in the journal of a pod's container, or of the node."""
-        name = f"containers/{pod.id}.ndjson" if pod else "journal-node.ndjson"
-
-        def line():
-            assert self.daemon.pids, self.daemon.log()
-            path = self.state / name
-            lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-            return next((read for read in map(json.loads, reversed(lines)) if read["kind"] == kind), None)
-
-        try:
-            return wait_for(line, what=f"a line {kind}")
-        except AssertionError as error:
-            raise AssertionError(f"{error}:\n{self.daemon.log()}") from None
-
-    def protects(self, pod):
-        """Once it does, by BPF, and knows the agent."""
-        wait_for(lambda: self.said("protecting", pod)["source"] == "bpf")
-        self.said("agent", pod)
-        wait_for(lambda: "ready" in pod.log.read_text(), what=f"the agent: {pod.log.read_text()}")
-
-    def close(self):
-        for pod in self.pods:
-            print(pod.log.read_text())
-            pod.close()
-        print(self.daemon.log())
-        self.daemon.close()
-
-
+HEALTH = 9464
 REFLEX = CGROUPS / "governor-reflex-node"
 
 
@@ -103,7 +35,8 @@ def node(containerd, tmp_path_factory):
     """One daemon for all tests: under emulation it takes a minute to begin."""
     path = tmp_path_factory.mktemp("node")
     (path / "policies").mkdir()
-    (path / "policies/10-agents.toml").write_text(POLICY)
+    for name, text in POLICIES.items():
+        (path / f"policies/{name}.toml").write_text(text)
     early = CriPod(str(uuid.uuid4()), "early", "shop", 32)
     made = Node(path, DaemonSet(path, path / "policies", path / "state"), path / "state")
     made.early = early
@@ -166,22 +99,6 @@ def test_oomkilled_without_and_saved_with_governor(node, tmp_path):
     stranger.go()
     wait_for(lambda: b"OOMKilled" in stranger.status())
     is_saved(node, ours, tmp_path)
-
-
-def is_saved(node, ours, tmp_path):
-    """Which takes all of the daemon's rights."""
-    ours.go()
-    node.said("archived", ours)
-    wait_for(lambda: not (ours.container / "cgroup.procs").exists() or not ours.container.exists())
-    assert b"OOMKilled" not in ours.status()
-    assert node.said("terminating", ours)["sent"]
-    wait_for(lambda: ours.termination_log.read_text().startswith("governor: terminated: "))
-    # The session was in the container's own file system, and compact ran there, as its user, with no right.
-    for manifest in sorted((node.state / "archive").glob("*/manifest.json")):  # the second holds what has changed
-        restore(node.state / "archive", manifest.parent.name, tmp_path / "restored", overwrite=True)
-    compacted = (tmp_path / "restored/tmp/compacted").read_text().split()
-    assert compacted == [str(USER), "CapEff:", "0000000000000000"]
-    assert (tmp_path / "restored/tmp/s.jsonl").exists()
 
 
 def hold(pod, value):
@@ -279,15 +196,147 @@ def test_a_limit_that_is_resized_counts_at_once(node):
 
 @pytest.mark.parametrize("systemd", [False, True], ids=["cgroupfs", "systemd"])
 def test_a_container_that_ends_while_it_is_held_is_let_go(node, systemd):
-    pod = node.pod("agents", 128, "touch", systemd=systemd)
+    pod = node.pod("agents", 128, "touch", sandbox={"systemd": systemd})
     node.protects(pod)
     pod.go()
     node.said("braked", pod)
     pod.close()
     node.pods.remove(pod)
     node.said("memcg_gone", pod)
-    other = node.pod("agents", 64, "none", systemd=systemd)
+    other = node.pod("agents", 64, "none", sandbox={"systemd": systemd, "qos": "guaranteed"})
     node.protects(other)
+    assert node.governs(other.id)["container"]["qos"] == "guaranteed"
+
+
+@pytest.fixture(scope="module")
+def chosen(node):
+    """Pods that sleep, with what they are selected by; and the policy and the reason of each container's id."""
+    both = node.asleep("shop", sandbox={"labels": {"ai": "claude"}})
+    asks = both.start("asks", 64, environment={"GOVERNOR_POLICY": "30-gentle"})
+    annotated = node.asleep("shop", sandbox={"annotations": {"governor.dev/policy": "30-gentle"}})
+    first = node.asleep("agents", sandbox={"labels": {"ai": "claude"}})
+    nobody = node.asleep("shop", sandbox={"labels": {"app": "shop"}})
+    expected = {
+        both.id: ("20-labelled", "the first that matches"),
+        asks: ("30-gentle", 'environment GOVERNOR_POLICY = "30-gentle"'),
+        annotated.id: ("30-gentle", 'annotation governor.dev/policy = "30-gentle"'),
+        first.id: ("10-agents", "the first that matches"),
+    }
+    return (both, annotated, first, nobody), expected
+
+
+def test_who_is_selected_by_what_its_runtime_knows_is_governed_as_meant(node, chosen):
+    (both, *_, nobody), expected = chosen
+    for each, (policy, reason) in expected.items():
+        assert node.governs(each)["text"].endswith(f": governed by policy '{policy}': {reason}")
+    known = node.governs(both.id)["container"]
+    labels = {"ai": "claude", "io.kubernetes.pod.uid": both.uid}
+    assert known == {
+        "cgroup": str(both.container),
+        "container_id": both.id,
+        "pod_uid": both.uid,
+        "qos": "burstable",
+        "namespace": "shop",
+        "pod": both.name,
+        "name": "agent",
+        "chosen_policy": "careful",
+        "labels": labels,
+        "annotations": {},
+        "has_own_mounts": True,
+    }
+    node.said("wish_refused")  # the image's own, of "careful"
+    [governor] = json.loads(checked(GOVERNOR, "status", "--json"))
+    policies = {one["container_id"]: one["policy"] for one in governor["targets"]}
+    assert policies | {each: policy for each, (policy, _) in expected.items()} == policies
+    assert not policies.keys() & {nobody.id, *(pod.sandbox for pod in node.pods)}  # nor a pause container
+
+
+def test_explain_says_of_them_what_the_daemon_decided(node, chosen):
+    pods, expected = chosen
+    inside = ["ctr", "-n", "k8s.io", "task", "exec", "--exec-id", "explain", node.daemon.id, "governor"]
+
+    def explained(pod):
+        """Of one in the daemon's own pod, in what memory that has left; of the others on the node."""
+        begin, end = (inside, []) if pod is pods[0] else ([GOVERNOR], [f"--policies={node.tmp_path}/policies"])
+        done = sh(*begin, "policy", "explain", f"{pod.namespace}/{pod.name}", "--json", *end)
+        assert done.returncode == (0 if any(each in done.stdout for each in expected) else 3), done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor() as pool:
+        told = {one["container"]["container_id"]: one for said in pool.map(explained, pods) for one in said}
+    *_, nobody = pods
+    why_not = told.pop(nobody.id)
+    assert {each: (one["policy"], one["reason"]) for each, one in told.items()} == expected
+    assert (why_not["governed"], why_not["reason"]) == (False, "no policy matches")
+    assert [one["key"] for one in why_not["verdicts"]] == ["select.namespace", "select.label", ""]
+    assert 'found "careful", which is no policy' in why_not["wishes"][0]["text"]
+
+
+NEST = """
+mkdir /tmp/cgroup; mount -t cgroup2 cgroup /tmp/cgroup; mkdir /tmp/cgroup/{id}
+echo $$ > /tmp/cgroup/{id}/cgroup.procs; echo +memory > /tmp/cgroup/cgroup.subtree_control; exec "$0" "$@"
+"""
+
+
+def test_a_cgroup_that_a_container_makes_below_its_own_is_part_of_it(node, tmp_path):
+    inner = "0123456789abcdef" * 4
+    first = ["/usr/bin/sh", "-ec", NEST.format(id=inner)]
+    words = ("touch", "--rate-mb", "8")
+    pod = node.pod("agents", 128, *words, first=first, user=0, capabilities=["SYS_ADMIN"])
+    node.protects(pod)
+    assert not (pod.container / "cgroup.procs").read_text()
+    assert (pod.container / inner / "cgroup.procs").read_text()
+    is_saved(node, pod, tmp_path, user=0)
+    assert not any(inner in line["cgroup"] for line in node.lines("governed"))
+
+
+def test_limits_that_are_lowered_to_just_above_what_is_held_count_at_once(node):
+    words = ("touch", "--start-mb", "90", "--rate-mb", "8")
+    own, above = node.pod("agents", 256, *words), node.pod("agents", 256, *words)
+    (above.cgroup / "memory.max").write_text(str(256 << 20))
+    for pod in (own, above):
+        node.protects(pod)
+    lowered = [int((pod.container / "memory.current").read_text()) * 100 // 92 >> 20 for pod in (own, above)]
+    own.resize(lowered[0])
+    (above.cgroup / "memory.max").write_text(str(lowered[1] << 20))
+    for pod, limit_mib in zip((own, above), lowered, strict=True):
+        assert node.said("braked", pod)["state"]["max_bytes"] == limit_mib << 20
+    for pod in (own, above):
+        is_ended_with_care(node, pod)
+
+
+def test_a_daemon_that_is_killed_with_reflex_is_followed_by_one_that_thaws_and_knows(node, chosen):
+    _, expected = chosen
+    goes = node.asleep("agents")
+    held = node.pod("agents", 192, "touch", "--start-mb", "130", "--total-mb", "40", "--rate-mb", "20")
+    node.said("protecting", goes)
+    node.protects(held)
+    node.said("delivered", held)
+    begun, reflex_pid = len(node.lines("begun")), node.said("reflex_started")["pid"]
+    node.daemon.signal(signal.SIGSTOP)  # so that nothing is decided
+    held.go()
+    wait_for(lambda: is_held(held), what="the brake")
+    os.kill(reflex_pid, signal.SIGKILL)  # before its loan is over
+    node.daemon.signal(signal.SIGKILL)
+    wait_for(lambda: ended(node.daemon.id), what="the daemon's end")
+    node.pods.remove(goes)
+    goes.close()
+    comes = node.asleep("agents")
+    assert is_held(held)  # nobody is left who would thaw it
+    node.daemon.begin()
+    since_ns = node.said("begun", times=begun + 1)["monotonic_ns"]
+    wait_for(lambda: not is_held(held), what="its thaw")
+    assert any(held.id in line["text"] and "thawed" in line["text"] for line in node.lines("restored"))
+    node.said("protecting", held, times=2)
+    node.said("protecting", comes)
+    for each, (policy, _) in expected.items():
+        wait_for(lambda each=each: node.governs(each)["monotonic_ns"] > since_ns, what="its adoption")
+        assert f"policy '{policy}'" in node.governs(each)["text"]
+    assert node.governs(goes.id)["monotonic_ns"] < since_ns
+    before, after = (line["state"] for line in node.lines("begin", held))
+    assert (before["in_episode"], after["in_episode"]) == (False, True)
+    assert after["compact"]["delivered_ns"]
+    assert not ended(held.id)
 
 
 def test_when_its_pod_is_deleted_the_programs_go_first_and_nobody_is_left_held(node):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, checked, sh
-from test_node import POLICY, Node, is_saved
+from governed_node import POLICIES, Node, is_saved
 from test_systemd import UNITS, log, shown
 
 from governor import instance, pins
@@ -17,7 +17,8 @@ class Service:
 
     def __init__(self, policies):
         policies.mkdir(parents=True)
-        (policies / "10-agents.toml").write_text(POLICY)
+        for name, text in POLICIES.items():
+            (policies / f"{name}.toml").write_text(text)
         (UNITS / UNIT.name).write_text(UNIT.read_text().replace("--dry-run ", ""))
         checked("systemctl", "daemon-reload")
         checked("systemctl", "start", UNIT.name)
