@@ -31,7 +31,7 @@ from governor.schedule import Schedule
 HEARTBEAT_NS = 1_000_000_000
 LOOKS_RATIO = 30  # beside BPF, so many times what looks at all memcgs take is between two looks at one of them
 AVERAGED = 16
-LOOKS_NS = 2_000_000  # of looks, until the ring is drained: a thousand memcgs may be due at once
+LOOKS_NS = 200_000  # of looks, until the ring is drained: a thousand memcgs may be due at once
 
 
 class Reflex:
