@@ -33,9 +33,12 @@ _FILES = {
     ),
     "docker": ("var/lib/docker/containers/{id}/config.v2.json",),
 }
-# What each runtime calls the kind of a container, the pod's namespace, its name, its UID, the container's name.
-_KEYS = (
-    (
+# What each runtime calls the kind of a container, the pod's namespace, its name, its UID, the container's name. No
+# other's keys count: CRI-O copies the pod's own annotations beside its own (SpecAddAnnotations in its container.go),
+# Docker the image's labels. Of its own keys CRI-O and cri-dockerd write the kubelet's values last, and containerd
+# writes its own after whatever annotations its configuration lets through.
+_KEYS = {
+    "cri-containerd": (
         *(
             "io.kubernetes.cri.container-type",
             "io.kubernetes.cri.sandbox-namespace",
@@ -43,15 +46,15 @@ _KEYS = (
         ),
         *("io.kubernetes.cri.sandbox-uid", "io.kubernetes.cri.container-name"),
     ),
-    (
+    "crio": (
         *("io.kubernetes.cri-o.ContainerType", "io.kubernetes.pod.namespace", "io.kubernetes.pod.name"),
         *("io.kubernetes.pod.uid", "io.kubernetes.container.name"),
     ),
-    (
+    "docker": (
         *("io.kubernetes.docker.type", "io.kubernetes.pod.namespace", "io.kubernetes.pod.name"),
         *("io.kubernetes.pod.uid", "io.kubernetes.container.name"),
     ),
-)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +72,32 @@ class Bundle:
 
 def read_bundle(place: Place, host_root: str = "/") -> Bundle | None:
     """What is written of a container on the host whose files are at `host_root`; None where there is no such file."""
-    known = _FILES.get(place.runtime)
-    for file in known or [file for files in _FILES.values() for file in files]:
-        data = _read(os.path.realpath(host_root), file.format(id=place.container_id))
-        if data is not None:
-            return parse_bundle(data)
+    for runtime in (place.runtime,) if place.runtime else _FILES:  # cgroupfs: whose file it is, says who wrote it
+        for file in _FILES[runtime]:
+            data = _read(os.path.realpath(host_root), file.format(id=place.container_id))
+            if data is not None:
+                return parse_bundle(data, runtime)
     return None
 
 
-def parse_bundle(data: bytes) -> Bundle:
-    """Of the contents of config.json or of Docker's config.v2.json; what is not as expected is unknown."""
+def parse_bundle(data: bytes, runtime: str) -> Bundle:
+    """Of the contents of config.json, or of config.v2.json where `runtime`, as Place has it, is docker.
+
+    What is not as expected is unknown.
+    """
     try:
-        config = orjson.loads(data)
+        config = _mapping(orjson.loads(data))
     except orjson.JSONDecodeError:
         return Bundle()
-    docker = _mapping(_mapping(config).get("Config"))
-    said = _mapping(_mapping(config).get("annotations")) or _mapping(docker.get("Labels"))
-    environment = _mapping(_mapping(config).get("process")).get("env") or docker.get("Env")
-    namespaces = _mapping(_mapping(config).get("linux")).get("namespaces")
+    if runtime == "docker":
+        docker = _mapping(config.get("Config"))
+        said, environment = _mapping(docker.get("Labels")), docker.get("Env")
+    else:
+        said, environment = _mapping(config.get("annotations")), _mapping(config.get("process")).get("env")
+    namespaces = _mapping(config.get("linux")).get("namespaces")
     own_mounts = not isinstance(namespaces, list) or any(_mapping(each).get("type") == "mount" for each in namespaces)
-    for keys in _KEYS:
-        if keys[0] in said:
-            kind, namespace, pod, pod_uid, name = (_text(said.get(key)) for key in keys)
-            return Bundle(kind in _SANDBOXES, namespace, pod, pod_uid, name, _choice(environment), own_mounts)
-    return Bundle(chosen_policy=_choice(environment), has_own_mounts=own_mounts)
+    kind, namespace, pod, pod_uid, name = (_text(said.get(key)) for key in _KEYS[runtime])
+    return Bundle(kind in _SANDBOXES, namespace, pod, pod_uid, name, _choice(environment), own_mounts)
 
 
 def _choice(environment: Any) -> str:

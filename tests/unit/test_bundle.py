@@ -136,7 +136,9 @@ def test_one_text_that_is_not_as_expected_leaves_the_others():
     config = containerd()
     config["annotations"]["io.kubernetes.cri.sandbox-name"] = 5
     config["process"]["env"] = None
-    assert parse_bundle(json.dumps(config).encode()) == Bundle(False, "team-a", "", UID, "agent", "")
+    assert parse_bundle(json.dumps(config).encode(), "cri-containerd") == Bundle(
+        False, "team-a", "", UID, "agent", ""
+    )
 
 
 NAMESPACES = {
@@ -152,12 +154,12 @@ NAMESPACES = {
 def test_only_who_is_said_to_be_among_the_machines_mounts_is(case):
     namespaces, expected = NAMESPACES[case]
     config = containerd() | {"linux": {"namespaces": namespaces}}
-    assert parse_bundle(json.dumps(config).encode()).has_own_mounts is expected
+    assert parse_bundle(json.dumps(config).encode(), "cri-containerd").has_own_mounts is expected
 
 
 def test_of_a_variable_that_comes_twice_the_last_counts():
     config = {"process": {"env": ["GOVERNOR_POLICY=a", "GOVERNOR_POLICY=b"]}}
-    assert parse_bundle(json.dumps(config).encode()).chosen_policy == "b"
+    assert parse_bundle(json.dumps(config).encode(), "cri-containerd").chosen_policy == "b"
 
 
 def test_a_file_without_end_is_not_read(tmp_path):
@@ -193,6 +195,28 @@ def test_no_directory_on_the_way_may_be_a_link_but_the_hosts_root_may(tmp_path):
     assert read_bundle(place("cri-containerd"), str(tmp_path / "host")) is None
 
 
+SAYS = {"cri-containerd": containerd, "crio": crio, "docker": docker}
+
+
+@pytest.mark.parametrize("kind", ["sandbox", "container"])
+@pytest.mark.parametrize("runtime", SAYS)
+def test_keys_of_another_runtime_name_nobody(runtime, kind):
+    """CRI-O has a pod's own annotations among its own, Docker an image's labels."""
+    config = SAYS[runtime]()
+    said = texts(config)
+    own = dict.fromkeys(said, "evil") | {key: "container" for key in said if key.lower().endswith("type")}
+    others = {
+        key: value for name, says in SAYS.items() if name != runtime for key, value in texts(says(kind)).items()
+    }
+    said |= others | own
+    expected = Bundle(False, "evil", "evil", "evil", "evil", "careful")
+    assert parse_bundle(json.dumps(config).encode(), runtime) == expected
+
+
+def texts(config):
+    return config.get("annotations") or config["Config"]["Labels"]
+
+
 KEYS = [*containerd(), *containerd()["annotations"], "Config", "Labels", "Env", "env"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(0, 9) | st.text(max_size=9),
@@ -201,8 +225,8 @@ JSON = st.recursive(
 )
 
 
-@given(JSON | st.binary(max_size=200))
-def test_it_never_raises(content):
+@given(JSON | st.binary(max_size=200), st.sampled_from(list(SAYS)))
+def test_it_never_raises(content, runtime):
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    found = parse_bundle(data)
+    found = parse_bundle(data, runtime)
     assert all(isinstance(getattr(found, name), (str, bool)) for name in bundle.Bundle.__slots__)
