@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     try:
         import grpc
     except ImportError as error:
-        failed.append(f"{error}: install governor[node]")
+        failed.append(f"{error}: pip install '.[node]' in a checkout of governor")
     else:
         for socket in wanted.socket:
             try:

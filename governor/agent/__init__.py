@@ -1,7 +1,7 @@
 """Memory protection from inside an agent that is a Python program: needs no root, nothing of the rest of governor.
 
 The names below are imported when they are first used (PEP 562), so that an agent loads only what it needs: the
-standard library, psutil, and for some of them `governor[http]`, `governor[json]` or `governor[arrays]`.
+standard library, psutil, and for some of them the extras `http`, `json` or `arrays`.
 """
 
 from __future__ import annotations

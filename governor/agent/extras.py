@@ -1,4 +1,7 @@
-"""What is imported only where it is used: httpx, ijson and NumPy are optional."""
+"""What is imported only where it is used: httpx, ijson and NumPy are optional.
+
+They come from a checkout: PyPI's `governor` is an unrelated project.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ def load(module: str, extra: str, without: str = "") -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise MissingExtra(f"found no {error.name}, which this needs: pip install governor[{extra}]") from error
+        how = f"pip install '.[{extra}]' in a checkout of governor"
+        raise MissingExtra(f"found no {error.name}, which this needs: {how}") from error
     finally:
         for name in left_out:
             sys.modules.pop(name, None)

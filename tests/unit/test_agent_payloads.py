@@ -245,8 +245,10 @@ def test_memory_does_not_depend_on_the_size():
 def test_without_ijson():
     code = "import sys; sys.modules['ijson'] = None\nfrom governor.agent.payloads import items\nlist(items(b'[]'))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stderr.endswith("found no ijson, which this needs: pip install governor[json]\n")
-    with pytest.raises(extras.MissingExtra, match=r"pip install governor\[arrays\]"):
+    assert ended.stderr.endswith(
+        "found no ijson, which this needs: pip install '.[json]' in a checkout of governor\n"
+    )
+    with pytest.raises(extras.MissingExtra, match=r"pip install '\.\[arrays\]'"):
         extras.load("no_such_package", "arrays")
 
 

@@ -353,7 +353,9 @@ def test_without_httpx():
     code = "import asyncio, sys; sys.modules['httpx'] = None\nfrom governor.agent.streaming import download\n"
     code += "asyncio.run(download('http://x/', '/tmp/x'))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stderr.endswith("found no httpx, which this needs: pip install governor[http]\n")
+    assert ended.stderr.endswith(
+        "found no httpx, which this needs: pip install '.[http]' in a checkout of governor\n"
+    )
 
 
 # Text

@@ -105,7 +105,7 @@ def test_a_runtime_that_hangs_is_not_waited_for(runtime):
 def test_without_grpc_what_to_install_is_said(tmp_path):
     code = "import sys; sys.modules['grpc'] = None; from governor.cri_call import main; main(sys.argv[1:])"
     said = subprocess.check_output([sys.executable, "-c", code, "--socket", "/s", "--", UID])
-    assert "install governor[node]" in cri.parse_answer(said, frozenset([UID])).failed
+    assert "pip install '.[node]'" in cri.parse_answer(said, frozenset([UID])).failed
 
 
 def test_a_child_that_fails_leaves_its_words(tmp_path, monkeypatch):
