@@ -99,6 +99,7 @@ class Attribution:
         self._lineage: set[int] = set()  # the agent and its ancestors
         self._looks: deque[tuple[int, int]] = deque()  # (monotonic ns, clock ticks since boot)
         self._hidden: _History = deque()
+        self._asked_ns: int | None = None  # when growth() was, last
         self._first_ticks: int | None = None
         self._resume_pid = 0
         self._known_ratio = 0.0
@@ -137,8 +138,9 @@ class Attribution:
     def growth(self, now_ns: int, charging_pid: int, budget_ns: int = BUDGET_NS) -> Growth:
         """A fresh look, compared with one at least BASELINE_NS old; `charging_pid` may be a thread, 0 if unknown.
 
-        Ask when a memcg is braked and keep the answer: while it is held nothing grows, and after a second of looks
-        at that, nothing has grown.
+        Never with one from before this was asked last: what two answers say can be added up. Ask when a memcg is
+        braked and keep the answer: while it is held nothing grows, and after a second of looks at that, nothing has
+        grown.
         """
         self.look(now_ns, budget_ns, (charging_pid,))
         charging = self._seen.get(charging_pid) or self._seen.get(_process_of(charging_pid))
@@ -162,7 +164,11 @@ class Attribution:
             culprit = charged if charged and charged.grown_bytes >= TIE_RATIO * agent_grown_bytes else None
         else:
             culprit = _culprit(list(shares.values()), charged)
-        return self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns)
+        told = self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns)
+        self._asked_ns = now_ns
+        for history in (self._hidden, *(seen.history for seen in self._seen.values())):
+            _forget_old(history, now_ns + BASELINE_NS)
+        return told
 
     def descendants(self) -> tuple[Key, ...]:
         """The living processes that descend from the agent as far as was seen, without the agent itself."""
@@ -189,7 +195,8 @@ class Attribution:
 
     def _told(self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, now_ns: int) -> Growth:
         starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
-        window_ns = max(0, now_ns - min(starts, default=now_ns))
+        start_ns = max(min(starts, default=now_ns), self._asked_ns or 0)  # later than for whom no look had time
+        window_ns = max(0, now_ns - start_ns)
         if culprit is None:
             return Growth(0, 0, "", 0, 0, agent_grown_bytes, others_grown_bytes, window_ns, self._known_ratio)
         root = self._seen.get(culprit.tree.key[0])

@@ -40,8 +40,9 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     """Archive, and shed where it is clear whom; who was told to end, and is braked again, is killed."""
     if state.phase is Phase.TERMINATING:
         return _kill(state, f"again at {percent(event.state)} of max before the agent had ended")
-    if state.phase is Phase.PROBATION and state.held:
-        event = replace(event, growth=_together(state.held.growth, event.growth))
+    if state.held and not state.shed_tried:  # else what grew before is gone
+        enough_bytes = int(policy.shed.grown_ratio * event.state.max_bytes)
+        event = replace(event, growth=_together(state.held.growth, event.growth, enough_bytes))
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
     # A loan that ended before its archive did decided nothing: then the second brake is the last.
     room = _has_room(event, policy, again) and (not again or state.archived)
@@ -70,16 +71,19 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     return state, (Archive(where), hold, Warn("terminate", 0, where))
 
 
-def _together(before: Growth | None, now: Growth | None) -> Growth | None:
-    """Growth up to the last brake and since: between two brakes a frozen or throttled tool grows little."""
+def _together(before: Growth | None, now: Growth | None, enough_bytes: int) -> Growth | None:
+    """Growth up to the last brake and since: between two brakes a frozen or throttled tool grows little.
+
+    Since then alone, where another tool has grown by `enough_bytes`.
+    """
     if before is None or now is None or not before.culprit_pid:
         return now
-    culprit = (now.culprit_pid, now.culprit_start_ticks)
-    if now.culprit_pid and culprit != (before.culprit_pid, before.culprit_start_ticks):
+    is_same = (now.culprit_pid, now.culprit_start_ticks) == (before.culprit_pid, before.culprit_start_ticks)
+    if now.culprit_pid and not is_same and now.grown_bytes >= enough_bytes:
         return now
     return replace(
-        now if now.culprit_pid else before,
-        grown_bytes=before.grown_bytes + (now.grown_bytes if now.culprit_pid else 0),
+        now if is_same else before,
+        grown_bytes=before.grown_bytes + (now.grown_bytes if is_same else 0),
         agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
         others_grown_bytes=before.others_grown_bytes + now.others_grown_bytes,
         window_ns=before.window_ns + now.window_ns,

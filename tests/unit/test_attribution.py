@@ -113,6 +113,18 @@ def test_growth_of_the_agent_itself(puppets, family):
     assert grown.window_ns == 2 * SECOND and grown.known_ratio == 1.0
 
 
+def test_what_is_told_twice_within_a_second_adds_up_to_what_has_grown(puppets, family):
+    _, tool, _, looked = family
+    puppets.tell(tool, "grow", 40)
+    first = looked.growth(2 * SECOND, tool, SECOND)
+    puppets.tell(tool, "grow", 20)
+    looked.look(2 * SECOND + SECOND // 4, SECOND)
+    second = looked.growth(2 * SECOND + SECOND // 2, tool, SECOND)
+    assert first.grown_bytes > 36 * MIB
+    assert 16 * MIB < second.grown_bytes < 36 * MIB
+    assert second.window_ns == SECOND // 2
+
+
 def test_growth_of_a_grandchild_is_its_tree(puppets, family):
     agent, tool, compiler, looked = family
     puppets.tell(agent, "grow", 5)

@@ -214,8 +214,15 @@ def test_a_tool_that_was_held_back_between_two_brakes_is_known_by_its_growth_bef
     run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
     assert run.then(braked(0.94, 10, growth=since)).names()[-1] == "Shed"
     run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
-    another = replace(since, culprit_pid=78) if since.culprit_pid else tool(grown_mib=5, agent_mib=200)
-    assert "Shed" not in run.then(braked(0.94, 10, growth=another), Archived(True)).names()
+    agents_own = replace(since, agent_grown_bytes=200 * MIB)
+    assert "Shed" not in run.then(braked(0.94, 10, growth=agents_own), Archived(True)).names()
+
+
+@pytest.mark.parametrize(("since_mib", "culprit_pid"), [(20, 77), (100, 78)])
+def test_another_tool_is_shed_for_what_it_grew_by_since_the_last_brake_if_that_is_enough(since_mib, culprit_pid):
+    run = Run().then(braked(0.91, 10, growth=tool(300)), Archived(True))
+    run.then(braked(0.94, 10, growth=replace(tool(since_mib), culprit_pid=78)))
+    assert run.last(Shed).culprit_pid == culprit_pid
 
 
 @pytest.mark.parametrize(
