@@ -38,6 +38,7 @@ _CALM_RATIO = 10  # so many times what such a turn takes: however many there are
 _LIVELY_RATIO = 3  # and those that are braked a third of one: what they decide, and their archives, need the rest
 _AVERAGED = 32
 _TURNS_NS = 50_000_000  # of turns, until whoever waits to be heard is
+_HEARD_AT_ONCE = 1000  # of what reflex says
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -294,13 +295,23 @@ class Loop:
             target.reports.lost_reflex()
 
     def _hear_reflex(self) -> None:
+        heard: list[link.FromReflex] = []
+        then: Callable[[], None] = lambda: None  # noqa: E731
         try:
-            while (said := self._reflex.receive()) is not None:
-                self._on_reflex(said)
+            while len(heard) < _HEARD_AT_ONCE and (said := self._reflex.receive()) is not None:
+                heard.append(said)
         except EOFError:
-            self._reflex_gone()
+            then = self._reflex_gone
         except ValueError as error:
             self.note("reflex_garbled", str(error))
+        last = {said.slot: said for said in heard if isinstance(said, link.Braked)}
+        for said in heard:
+            target = self.targets.get(said.slot) if isinstance(said, link.Braked) else None
+            if target and isinstance(said, link.Braked) and said is not last[said.slot]:
+                target.reports.braked_before(said)
+            else:
+                self._on_reflex(said)
+        then()
 
     def _on_reflex(self, said: link.FromReflex) -> None:
         match said:

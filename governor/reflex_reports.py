@@ -121,8 +121,23 @@ class ReflexReports:
             trend = found.trend_bytes
             self.decisions.feed(model.Braked(state, trend, False, growth, found.fill_rate_bytes))
 
+    def braked_before(self, braked: link.Braked) -> None:
+        """A brake that another followed before governor had time to hear of it: only the last counts.
+
+        Each would be archived, for a memcg that is as the last one says.
+        """
+        self.shared.tally.braked(self.slot, braked)
+        self._note_braked(braked)
+
     def _on_braked(self, braked: link.Braked) -> None:
         self._held_ns = braked.frozen_ns
+        self._note_braked(braked)
+        trend = self.sampling.rate_bytes if braked.trend_bytes < 0 else braked.trend_bytes
+        growth = self.sampling.attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
+        rate = None if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
+        self.decisions.feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
+
+    def _note_braked(self, braked: link.Braked) -> None:
         took = (
             f" {(braked.frozen_ns - braked.crossed_ns) / MS:.2f} ms after the crossing" if braked.crossed_ns else ""
         )
@@ -133,10 +148,6 @@ class ReflexReports:
         ratio, max_mib = braked.state.unreclaimable_ratio, braked.state.max_bytes >> 20
         text = f"braked: {how}{took} at {100 * ratio:.1f} % of {max_mib} MiB{by}"
         self.note("braked", text, **braked._asdict())
-        trend = self.sampling.rate_bytes if braked.trend_bytes < 0 else braked.trend_bytes
-        growth = self.sampling.attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
-        rate = None if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        self.decisions.feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
 
 
 def _megabytes(found: record.Record) -> str:

@@ -107,6 +107,19 @@ def test_who_is_let_go_while_it_is_held_is_thawed(running):
     running.until(lambda: not list(running.loop.knob_file.slots()), "the slot")
 
 
+def test_of_brakes_that_followed_each_other_while_governor_stood_still_the_last_counts(running):
+    memcg, _ = held(running, "a")
+    wait_for(lambda: memcg.read("cgroup.freeze") == "0", 30, "the end of the loan")
+    memcg.hold(10)
+    time.sleep(1.2)  # it is looked at once a second
+    memcg.hold(95)
+    wait_for(lambda: memcg.read("cgroup.freeze") == "1", 30, "the next brake")
+    time.sleep(0.3)  # until it is confirmed
+    running.until(lambda: '"event":"Braked"' in running.journal("a"), "a decision")
+    assert running.journal("a").count('"kind":"braked"') == 2
+    assert running.journal("a").count('"event":"Braked"') == running.journal("a").count('"Archive"') == 1
+
+
 def test_archives_of_one_target_have_their_turn_with_those_of_the_others(running):
     (_, first), (_, second) = running.add("one"), running.add("two")
     begun = []
