@@ -8,6 +8,7 @@ An archive is a directory (mode 0700) `<UTC time>-<target>-<4 hex digits>` with 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -46,22 +47,56 @@ __all__ = [
 _PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
 _FILE_LIMIT_BYTES = 512 << 20
-_SKIPPED_LIMIT = 10_000  # named in a manifest
+_FILES_LIMIT = 10_000  # of an archive; as many are named as skipped
+_NAMES_LIMIT_BYTES = 2 << 20  # of either, escaped, as a manifest has them
+_NEWEST = 100  # beyond those limits: the session that is being written is one of these
+_NEWEST_NAMES_BYTES = 1 << 20
+_NEWEST_S = 5.0  # to add them, beyond the deadline
 _DEADLINE_S = 20.0  # then the archive is closed with what it has
 _ABANDONED_S = 3600.0
 _GONE_LIMIT = 1000  # archives of containers that are gone: all manifests are read for each new archive
 _FRESH_NS = 20_000_000  # of a time stamp: the kernel's own steps are up to 10 ms
+_TOO_MANY = f"one of more than {_FILES_LIMIT} files or {_NAMES_LIMIT_BYTES >> 20} MiB of names"
 _LEVEL = 1  # of zstd: the target is frozen meanwhile
 
 
 @dataclass(slots=True)
 class _Contents:
-    """What goes into an archive, as it is found."""
+    """What goes into an archive, as it is found; with bounds, as all of it is kept in memory."""
 
     left_bytes: int
     entries: list[Entry] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
     complete: bool = True
+    names_bytes: int = 0
+    skipped_bytes: int = 0
+
+    def has_room(self, path: str, newest: bool = False) -> bool:
+        """Whether one more file may be added."""
+        count, names_bytes = (_NEWEST, _NEWEST_NAMES_BYTES) if newest else (0, 0)
+        is_short_enough = self.names_bytes + len(ascii(path)) <= _NAMES_LIMIT_BYTES + names_bytes
+        return is_short_enough and len(self.entries) < _FILES_LIMIT + count
+
+    def add(self, entry: Entry) -> None:
+        self.names_bytes += len(ascii(entry.path))
+        self.left_bytes -= entry.size_bytes
+        self.entries.append(entry)
+
+    def skip(self, path: str, why: str) -> None:
+        """Name what is not there, while there is room for that."""
+        if self.can_name:
+            self.skipped_bytes += len(ascii(path)) + len(ascii(why))
+            self.skipped[path] = why
+
+    def leave_out(self, path: str, why: str) -> None:
+        self.skip(path, why)
+        self.left_out += 1
+        self.complete = False
+
+    @property
+    def can_name(self) -> bool:
+        return len(self.skipped) < _FILES_LIMIT and self.skipped_bytes < _NAMES_LIMIT_BYTES
 
 
 class _Hashed(io.RawIOBase):
@@ -158,8 +193,14 @@ def _write_to(
             ):
                 _fill(tar, matches(), contents, known)
             _sync(sink)
-        whole = replace(manifest, files=contents.entries, skipped=contents.skipped, complete=contents.complete)
-        if base and not whole.files and (whole.skipped, whole.complete) == (base.skipped, base.complete):
+        whole = replace(
+            manifest,
+            files=contents.entries,
+            skipped=contents.skipped,
+            left_out=contents.left_out,
+            complete=contents.complete,
+        )
+        if base and not whole.files and _lacks(whole) == _lacks(base):
             shutil.rmtree(building)
             return base
         with _new_file(building / MANIFEST_NAME) as sink:
@@ -174,29 +215,76 @@ def _write_to(
     return whole
 
 
+def _lacks(manifest: Manifest) -> tuple[dict[str, str], int, bool]:
+    return manifest.skipped, manifest.left_out, manifest.complete
+
+
 def _fill(tar: tarfile.TarFile, matches: Iterable[Found], contents: _Contents, known: dict[str, Entry]) -> None:
     until = time.monotonic() + _DEADLINE_S
-    for found in matches:
-        if time.monotonic() > until and len(contents.skipped) >= _SKIPPED_LIMIT:
-            contents.complete = False
-            break
-        if found.fd is None:
-            contents.complete &= not found.is_cut_short
-            if found.is_cut_short or len(contents.skipped) < _SKIPPED_LIMIT:
-                contents.skipped[found.path] = found.skipped
-            continue
-        try:
-            status = os.fstat(found.fd)
-            if _unchanged(found.fd, status, known.get(found.path), until):
-                continue
-            if why := _too_much(status, contents.left_bytes, until):
-                contents.skipped[found.path] = why
+    newest: list[tuple[int, int, Found]] = []  # of those there is no room for; a heap, the oldest first, all open
+    try:
+        for number, found in enumerate(_searched(matches)):
+            if found.is_cut_short:
                 contents.complete = False
+                contents.skipped[found.path] = found.skipped
+            elif found.fd is None:
+                contents.skip(found.path, found.skipped)
+            elif contents.has_room(found.path):
+                _take(tar, found, contents, known, until)
             else:
-                contents.left_bytes -= status.st_size
-                contents.entries.append(_add(tar, found, status, contents.skipped))
-        finally:
-            os.close(found.fd)
+                heapq.heappush(newest, (os.fstat(found.fd).st_mtime_ns, number, found))
+                if len(newest) > _NEWEST:
+                    _leave_out(heapq.heappop(newest)[2], contents, known, until)
+            if time.monotonic() > until and not contents.can_name:
+                contents.complete = False
+                break
+        newest.sort()
+        while newest:
+            *_, found = newest.pop()
+            if contents.has_room(found.path, newest=True):
+                _take(tar, found, contents, known, until + _NEWEST_S)
+            else:
+                _leave_out(found, contents, known, until)
+    finally:
+        for *_, found in newest:
+            os.close(_fd(found))
+
+
+def _searched(matches: Iterable[Found]) -> Iterator[Found]:
+    try:
+        yield from matches
+    except MemoryError:
+        yield Found("/", None, "the search was cut short: there are too many names", is_cut_short=True)
+
+
+def _fd(found: Found) -> int:
+    assert found.fd is not None
+    return found.fd
+
+
+def _take(tar: tarfile.TarFile, found: Found, contents: _Contents, known: dict[str, Entry], until: float) -> None:
+    """Add an open file and close it, unless it is as it was before or too much."""
+    fd = _fd(found)
+    try:
+        status = os.fstat(fd)
+        if _unchanged(fd, status, known.get(found.path), until):
+            return
+        if why := _too_much(status, contents.left_bytes, until):
+            contents.leave_out(found.path, why)
+        else:
+            contents.add(_add(tar, found, status, contents))
+    finally:
+        os.close(fd)
+
+
+def _leave_out(found: Found, contents: _Contents, known: dict[str, Entry], until: float) -> None:
+    """Close a file that there is no room for; one that is as it was before needs none."""
+    fd = _fd(found)
+    try:
+        if not _unchanged(fd, os.fstat(fd), known.get(found.path), until):
+            contents.leave_out(found.path, _TOO_MANY)
+    finally:
+        os.close(fd)
 
 
 def _unchanged(fd: int, status: os.stat_result, before: Entry | None, until: float) -> bool:
@@ -234,16 +322,15 @@ def _sweep(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _add(tar: tarfile.TarFile, found: Found, status: os.stat_result, skipped: dict[str, str]) -> Entry:
-    assert found.fd is not None
+def _add(tar: tarfile.TarFile, found: Found, status: os.stat_result, contents: _Contents) -> Entry:
     member = tarfile.TarInfo(found.path.lstrip("/"))
     member.size, member.mtime, member.mode = status.st_size, int(status.st_mtime), status.st_mode & 0o777
     member.uid, member.gid = status.st_uid, status.st_gid
-    content = _Hashed(found.fd, status.st_size)
+    content = _Hashed(_fd(found), status.st_size)
     fresh = time.time_ns() - status.st_mtime_ns < _FRESH_NS  # it may change again and keep this time stamp
     tar.addfile(member, content)
     if content.short_bytes:
-        skipped[found.path] = f"its last {content.short_bytes} bytes: {content.why_short}"
+        contents.skip(found.path, f"its last {content.short_bytes} bytes: {content.why_short}")
     mtime_ns = 0 if fresh or content.short_bytes else status.st_mtime_ns
     return Entry(found.path, status.st_size, content.hash.hexdigest(), mtime_ns)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ import orjson
 
 from governor import archive, instance, model
 from governor.agent_process import AgentProcess
-from governor.children import Children, Ended, fork
+from governor.children import Children, Ended, bound_memory, fork
 from governor.codec import plain
 from governor.inside import kept_open
 from governor.inside_read import find_inside
 from governor.journal import Note, say
 from governor.manifest import ArchiveError, read_manifest
 from governor.policy import Archive
-from governor.session_files import CREDENTIALS
+from governor.session_files import CREDENTIALS, Found, find
+
+_SEARCH_BYTES = 64 << 20  # for the names of directories: the child that archives is in governor's memcg
 
 
 @dataclass(slots=True)
@@ -79,12 +82,15 @@ class Archiving:
                 exclude=exclude,
                 since=since,
                 fallbacks=[*others],
-                matches=(lambda: find_inside(door, policy.globs, exclude)) if door else None,
+                matches=lambda: in_little_memory(
+                    find_inside(door, policy.globs, exclude) if door else find(patterns, exclude)
+                ),
             )
             fallback = made.facts.get("fallback", {})
             directory = Path(fallback.get("directory", self.directory))
             summary: dict[str, object] = {"name": made.name, "directory": str(directory), "base": made.base}
             summary |= {"files": len(made.files), "skipped": len(made.skipped), "new": made != since}
+            summary |= {"left_out": made.left_out, "complete": made.complete}
             return orjson.dumps(summary | fallback)
 
         deadline_ns, what = time.monotonic_ns() + policy.deadline_ns, f"archive: {reason}"
@@ -102,7 +108,8 @@ class Archiving:
             what = "changed session files" if made["base"] else "session files"
             refused = "; ".join(f"{place}: {why}" for place, why in made.get("refused", {}).items())
             where = f" in {made['directory']} ({refused})" if refused else ""
-            text = f"archived {made['files']} {what} as {made['name']}{where}"
+            lacks = "" if made["complete"] else f"; it lacks {made['left_out']} or more, see its manifest"
+            text = f"archived {made['files']} {what} as {made['name']}{where}{lacks}"
             self.note(
                 "archived", text if made["new"] else f"nothing has changed since archive {made['name']}", **made
             )
@@ -134,3 +141,13 @@ class Archiving:
     def forget(self) -> None:
         """The next archive is a full one."""
         self._full = self._full[0], ""
+
+
+def in_little_memory(search: Iterator[Found]) -> Iterator[Found]:
+    """With a bound on memory as long as it lasts, and not after it: a JSON parser asks for far more than it uses."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    bound_memory(_SEARCH_BYTES)
+    try:
+        yield from search
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

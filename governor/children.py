@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from governor import real_time
 from governor.poller import Poller, is_ready
@@ -114,6 +116,8 @@ class Ended:
             return "it printed too much and was ended"
         if self.note:
             return self.note
+        if self.status == -signal.SIGKILL:
+            return "it was killed; where that was for want of memory (dmesg), give governor's memcg more"
         return f"status {self.status}: {self.output.decode(errors='replace').strip()[-300:]}"
 
 
@@ -285,7 +289,7 @@ def fork(
         except Deferred as error:
             status, output = _TEMPORARY_FAILURE, str(error).encode()
         except Exception as error:  # noqa: BLE001  the parent tells; there is nobody else here to do so
-            output = str(error).encode()
+            output = (str(error) or type(error).__name__).encode()
         finally:
             with suppress(OSError):
                 os.write(PIPE_FD, output[:_OUTPUT_LIMIT_BYTES])
@@ -329,6 +333,14 @@ def _become_child(write_fd: int, keep: Collection[int]) -> None:
     signal.set_wakeup_fd(-1)
     os.dup2(write_fd, PIPE_FD, inheritable=False)
     close_all_but({0, 1, 2, PIPE_FD, *keep})
+
+
+def bound_memory(more_bytes: int) -> None:
+    """From now on this process may have so much beside what it has; then there is a MemoryError."""
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    may_bytes = used_bytes + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (may_bytes if hard < 0 else min(may_bytes, hard), hard))
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -47,6 +47,7 @@ def printable(text: str) -> str:
 
 
 _LINE_LIMIT = 4000  # under PIPE_BUF
+_PIECE = 1 << 16  # characters: a manifest has millions, and as a list each takes eight bytes and more
 
 
 def encode(value: Any) -> bytes:
@@ -57,7 +58,12 @@ def encode(value: Any) -> bytes:
     data = orjson.dumps(value, default=_plain)
     if data.isascii() and b"\x7f" not in data:
         return data
-    return "".join(c if c.isprintable() else _escaped(c) for c in data.decode()).encode()
+    text = data.decode()
+    return b"".join(_shown(text[at : at + _PIECE]) for at in range(0, len(text), _PIECE))
+
+
+def _shown(text: str) -> bytes:
+    return "".join(c if c.isprintable() else _escaped(c) for c in text).encode()
 
 
 def _escaped(character: str) -> str:

@@ -46,7 +46,8 @@ class Manifest:
     facts: dict[str, Any] = field(default_factory=dict)
     files: list[Entry] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # path to reason
-    complete: bool = True  # False: the limit on bytes cut it short
+    left_out: int = 0  # files that matched, over a limit: not all need be named in `skipped`
+    complete: bool = True  # False: a limit (of bytes, files, time) cut it short
     base: str = ""
 
 

@@ -2,15 +2,18 @@
 
 import os
 import pwd
+import re
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor import archive
+from governor import archive, archiving
+from governor.children import fork
 from governor.manifest import MANIFEST_NAME, TAR_NAME
 from governor.session_files import find, home_of, parse_pattern
 from tests.waiting import wait_for
@@ -101,6 +104,78 @@ def test_the_limit_leaves_out_what_is_too_large_and_says_so(tmp_path, home):
     assert "over what is left of the limit" in manifest.skipped[f"{home}/sparse.jsonl"]
     assert f"{home}/a.jsonl" in {entry.path for entry in manifest.files}
     archive.verify(where, manifest.name)
+
+
+def test_of_more_files_than_an_archive_holds_the_newest_are_in_it(tmp_path, home):
+    many = [home / f"{number:05}.jsonl" for number in range(10_300)]
+    for number, path in enumerate(many):
+        path.touch()
+        os.utime(path, (number, number))
+    os.utime(many[10_150], (1 << 30, 1 << 30))
+    where, full = write(tmp_path, home, "~/*.jsonl")
+    assert (len(full.files), full.left_out, full.complete) == (10_100, 10_303 - 10_100, False)
+    paths = [entry.path for entry in full.files]
+    assert set(paths) >= {str(path) for path in (many[0], many[10_150], *many[-90:])}
+    assert all("10000 files" in why for why in full.skipped.values()) and len(full.skipped) == full.left_out
+    assert archive.verify(where, full.name) == full
+    patterns = [parse_pattern("~/*.jsonl", str(home))]
+    delta = archive.write(where, patterns, "a test", "t", {}, 1 << 30, since=full)
+    assert (delta.base, delta.left_out) == (full.name, 0)
+    assert {entry.path for entry in (*full.files, *delta.files)} == {str(path) for path in home.glob("*.jsonl")}
+
+
+def test_files_without_number_and_with_long_names_take_little_memory(tmp_path):
+    directory = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(14):
+        os.mkdir("d" * 240, dir_fd=directory)
+        outer, directory = directory, os.open("d" * 240, os.O_RDONLY, dir_fd=directory)
+        os.close(outer)
+    for number in range(20_000):
+        os.close(os.open(f"{'f' * 225}{number:06}.jsonl", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+    os.close(directory)
+    where = tmp_path / "archives"
+
+    def work():
+        archive.write(where, [parse_pattern(f"{tmp_path}/**/*.jsonl", "/")], "a test", "t", {}, 1 << 30)
+        return Path("/proc/self/status").read_bytes()
+
+    status = of_a_fork(work).decode()
+    before_kib, most_kib = (
+        int(re.search(rf"{name}:\s*(\d+)", text)[1])
+        for name, text in (("VmRSS", Path("/proc/self/status").read_text()), ("VmHWM", status))
+    )
+    assert most_kib - before_kib < 64 << 10
+    (name,) = archive.names(where)
+    made = archive.read_manifest(where, name)
+    assert made.left_out == 20_000 - len(made.files) and 500 < len(made.files) < 1000
+    assert (where / name / MANIFEST_NAME).stat().st_size < 8 << 20
+
+
+def test_a_directory_of_more_names_than_there_is_memory_for_is_left(tmp_path, home, monkeypatch):
+    (home / "many").mkdir()
+    for number in range(40_000):
+        (home / "many" / f"{number:0200}.jsonl").touch()
+    monkeypatch.setattr(archiving, "_SEARCH_BYTES", 4 << 20)  # as if it were a hundred times as many
+
+    def work():
+        kept = [str(number) for number in range(300_000)]  # what earlier tests have left free is taken
+        patterns = [parse_pattern("~/a.jsonl", str(home)), parse_pattern("~/many/*", str(home))]
+        matches = lambda: archiving.in_little_memory(find(patterns))  # noqa: E731
+        made = archive.write(tmp_path / "archives", [], "a test", "t", {}, 1 << 30, matches=matches)
+        kept += [str(number) for number in range(300_000)]  # the bound is gone
+        return repr((len(made.files), made.skipped, made.complete)).encode()
+
+    cut_short = {"/": "the search was cut short: there are too many names"}
+    assert of_a_fork(work).decode() == repr((1, cut_short, False))
+
+
+def of_a_fork(work):
+    """What `work` returns in a child."""
+    child = fork(work, time.monotonic_ns() + 60 * 10**9, "a test")
+    while child.drain():
+        time.sleep(0.01)
+    assert child.end() == 0, child.output
+    return child.output
 
 
 def test_a_file_that_shrinks_or_grows_meanwhile_still_verifies(tmp_path, home):
