@@ -130,9 +130,7 @@ def fires_nothing(pod, governor, agent):
     assert governor.lines("braked") == [], governor.log()
     assert pod.read("memory.high") == "max"
     assert agent.poll() is None
-    false_alarms = len(governor.lines("thawed"))
-    verified = len(governor.lines("verify"))
-    print(f"{false_alarms} false alarms, {verified} times memory.stat was asked for")
+    print(f"{len(governor.lines('thawed'))} false alarms")
 
 
 def test_the_bound_in_the_kernel_is_what_memory_stat_says(container, guard, tmp_path):
@@ -156,12 +154,12 @@ def test_the_bound_in_the_kernel_is_what_memory_stat_says(container, guard, tmp_
 
 
 def test_compact_is_delivered_before_anything_else(container, guard, tmp_path):
-    pod = container(128)
+    pod = container(512)  # of a small one a megabyte at once is near enough to max for an early brake
     told = tmp_path / "told"
     script = tmp_path / "compact"
     script.write_text(f'#!/bin/sh\necho "$GOVERNOR_AGENT_PID $GOVERNOR_CGROUP $(nice)" > {told}\n')
     script.chmod(0o755)
-    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--rate-mb", "20", "--total-mb", "90")
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--start-mb", "330", "--rate-mb", "20", "--total-mb", "50")
     governor = guard(pod, "--compact", str(script)).ready()
     agent.go()
     governor.await_line("delivered")
