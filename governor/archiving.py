@@ -13,7 +13,7 @@ import orjson
 
 from governor import archive, instance, model
 from governor.agent_process import AgentProcess
-from governor.children import Children, Ended, bound_memory, fork
+from governor.children import Children, Ended, fork, memory_bound
 from governor.codec import plain
 from governor.inside import kept_open
 from governor.inside_read import find_inside
@@ -144,10 +144,14 @@ class Archiving:
 
 
 def in_little_memory(search: Iterator[Found]) -> Iterator[Found]:
-    """With a bound on memory as long as it lasts, and not after it: a JSON parser asks for far more than it uses."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    bound_memory(_SEARCH_BYTES)
-    try:
-        yield from search
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    """With a bound on memory while it searches, and not while others use what it finds: they may not do with less."""
+    before, bound = resource.getrlimit(resource.RLIMIT_AS), memory_bound(_SEARCH_BYTES)
+    while True:
+        resource.setrlimit(resource.RLIMIT_AS, bound)
+        try:
+            found = next(search, None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        if found is None:
+            return
+        yield found

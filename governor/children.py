@@ -335,12 +335,11 @@ def _become_child(write_fd: int, keep: Collection[int]) -> None:
     close_all_but({0, 1, 2, PIPE_FD, *keep})
 
 
-def bound_memory(more_bytes: int) -> None:
-    """From now on this process may have so much beside what it has; then there is a MemoryError."""
+def memory_bound(more_bytes: int) -> tuple[int, int]:
+    """RLIMIT_AS for a process that may have so much beside what it has by now; then there is a MemoryError."""
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    may_bytes = used_bytes + more_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (may_bytes if hard < 0 else min(may_bytes, hard), hard))
+    return used_bytes + more_bytes if hard < 0 else min(used_bytes + more_bytes, hard), hard
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from governor.children import bound_memory, close_all_but
+from governor.children import close_all_but, memory_bound
 from governor.inside import Door, home, identity, move_in, who
 from governor.session_files import Found, Reopen, find, open_directory, open_regular, parse_pattern
 
@@ -163,7 +163,7 @@ def _visit(theirs: socket.socket, door: Door, globs: tuple[str, ...], exclude: t
 
 def _bound() -> None:
     """In memory: a directory may have more names than governor's own limit has room for."""
-    bound_memory(_MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, memory_bound(_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):  # an ordinary user's, whose /proc/self is root's since hide()
         Path("/proc/self/oom_score_adj").write_text("1000")  # whatever else is in governor's memcg stays
