@@ -19,13 +19,15 @@ escaped before it reaches the terminal, also by `cat` of a journal.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import stat
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import orjson
 
@@ -44,6 +46,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file to be read; raises OSError, EINVAL for what is none: a FIFO, a device may never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "Not a regular file", str(path))
 
 
 _LINE_LIMIT = 4000  # under PIPE_BUF

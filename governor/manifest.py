@@ -9,10 +9,11 @@ from typing import Any
 
 import orjson
 
-from governor.journal import printable
+from governor.journal import open_file, printable
 
 FORMAT = 1
 TAR_NAME, MANIFEST_NAME = "session.tar.zst", "manifest.json"
+_LIMIT_BYTES = 16 << 20  # twice what the bounds of archive.py come to
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -65,7 +66,8 @@ def read_manifest(directory: Path, name: str) -> Manifest:
         raise ArchiveError(f"found no archive {name!r} in {directory}; governor archive list shows what there is")
     where = printable(str(path))
     try:
-        manifest = parse_manifest(path.read_bytes())
+        with open_file(path) as file:
+            manifest = parse_manifest(file.read(_LIMIT_BYTES + 1))
     except (OSError, ValueError) as error:
         raise ArchiveError(f"{where} is damaged: {printable(str(error))}") from error
     if manifest.name != name:
@@ -75,6 +77,8 @@ def read_manifest(directory: Path, name: str) -> Manifest:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Parse a manifest; raises ValueError for anything that governor would not have written."""
+    if len(data) > _LIMIT_BYTES:
+        raise ValueError(f"it is larger than {_LIMIT_BYTES >> 20} MiB, and governor writes none like that")
     values = _object(orjson.loads(data), "the manifest")
     if type(values.get("format")) is int and values["format"] != FORMAT:
         raise ValueError(f"found format {values['format']}, expected {FORMAT}: use a newer governor")

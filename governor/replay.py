@@ -15,7 +15,7 @@ import orjson
 
 from governor import ladder, model
 from governor.codec import plain, restored
-from governor.journal import Journal
+from governor.journal import Journal, open_file
 from governor.model import State
 from governor.policy import Policy
 
@@ -91,7 +91,7 @@ def told(instruction: dict[str, dict[str, Any]]) -> str:
 
 def _lines(paths: list[Path]) -> Iterator[tuple[str, dict[str, Any] | None]]:
     for path in paths:
-        with path.open("rb") as journal:
+        with open_file(path) as journal:
             for number, data in enumerate(iter(lambda: journal.readline(_LINE_LIMIT_BYTES), b""), 1):
                 try:
                     line = orjson.loads(data)

@@ -138,6 +138,8 @@ def _meant(given: Path | None) -> Path:
     """The journal that is named, or the newest of those that are; that is said."""
     if given and given.is_file():
         return given
+    if given and given.exists() and not given.is_dir():
+        fail(f"{given}: found what is no regular file, expected a journal", 2)
     if given is None:
         found, of = _journals(), f"in {instance.state_directory()}: name one, as governor report JOURNAL"
     elif given.is_dir():

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from governor.journal import printable
+from governor.journal import open_file, printable
 from governor.manifest import TAR_NAME, ArchiveError, Manifest, read_manifest
 
 _CHUNK_BYTES = 1 << 20
@@ -38,33 +38,49 @@ def verify(directory: Path, name: str) -> Manifest:
 def restore(directory: Path, name: str, to: Path, overwrite: bool = False) -> list[Path]:
     """Write the files of a verified archive below `to`, those of its base that it does not replace included.
 
-    Returns the paths written. No symbolic link below `to` is followed: whoever owns those directories may be the one
-    who was archived. Raises ArchiveError when the archive is damaged, when a link is in the way or, unless
-    `overwrite`, when a file is there already; then nothing has been written.
+    Returns the paths written: of a file that became a directory, or the other way round, what it was last.
+    No symbolic link below `to` is followed: whoever owns those directories may be the one who was archived.
+    Raises ArchiveError when the archive is damaged, when a link or something that is no directory is in the way or,
+    unless `overwrite`, when a file is there already; then nothing has been written.
     """
     manifest = verify(directory, name)
     parts = [manifest, *([read_manifest(directory, manifest.base)] if manifest.base else [])]
-    names = {entry.path.lstrip("/") for part in parts for entry in part.files}
+    wanted = _latest(parts)
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for path in names:
+        for path in wanted:
             _check_way(to, path, overwrite)
     except OSError as error:
         raise ArchiveError(f"cannot restore to {printable(str(to))}: {error.strerror}") from error
-    written: set[str] = set()
     for part in parts:
         for member, content in _members(directory, part):
-            if member.name not in written:
+            if wanted.get(member.name) == part.name:
                 _restore_file(to, member, content)
-                written.add(member.name)
-    return [to / path for path in sorted(names)]
+    return [to / path for path in sorted(wanted)]
+
+
+def _latest(parts: list[Manifest]) -> dict[str, str]:
+    """Path to the name of the archive it is restored from; the newest comes first.
+
+    What was a file and is a directory by now, or the other way round, is what it was last.
+    """
+    wanted: dict[str, str] = {}
+    directories: set[str] = set()
+    for part in parts:
+        for entry in reversed(part.files):
+            path = entry.path.lstrip("/")
+            above = [str(parent) for parent in Path(path).parents][:-1]
+            if path not in directories and wanted.keys().isdisjoint((path, *above)):
+                wanted[path] = part.name
+                directories.update(above)
+    return wanted
 
 
 def _members(directory: Path, manifest: Manifest) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
     path = directory / manifest.name / TAR_NAME
     try:
         with (
-            path.open("rb") as packed,
+            open_file(path) as packed,
             zstandard.ZstdDecompressor().stream_reader(packed) as plain,
             tarfile.open(fileobj=plain, mode="r|") as tar,
         ):
@@ -90,10 +106,14 @@ def _copy(content: BinaryIO, sink: Callable[[bytes], Any]) -> str:
 def _check_way(to: Path, path: str, overwrite: bool) -> None:
     if (to / path).exists() and not overwrite:
         raise ArchiveError(f"{printable(str(to / path))} is there already; --overwrite replaces it")
+    if (to / path).is_dir() and not (to / path).is_symlink():
+        raise ArchiveError(f"{printable(str(to / path))} is a directory, which no file replaces; choose another --to")
     for parent in list(Path(path).parents)[:-1]:
+        where = printable(str(to / parent))
         if (to / parent).is_symlink():
-            where = printable(str(to / parent))
             raise ArchiveError(f"{where} is a symbolic link and would lead out of {to}; choose another --to")
+        if (to / parent).exists() and not (to / parent).is_dir():
+            raise ArchiveError(f"{where} is no directory; choose another --to")
 
 
 def _restore_file(to: Path, member: tarfile.TarInfo, content: BinaryIO) -> None:
@@ -103,13 +123,10 @@ def _restore_file(to: Path, member: tarfile.TarInfo, content: BinaryIO) -> None:
     partial = f".{secrets.token_hex(8)}"
     try:
         for parent in parents:
-            outer = fd
-            try:
-                with suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=outer)
-                fd = os.open(parent, flags, dir_fd=outer)
-            finally:
-                os.close(outer)
+            with suppress(FileExistsError):
+                os.mkdir(parent, dir_fd=fd)
+            outer, fd = fd, os.open(parent, flags, dir_fd=fd)
+            os.close(outer)
         file_fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
         with os.fdopen(file_fd, "wb") as sink:
             _copy(content, sink.write)

@@ -3,7 +3,9 @@
 import os
 import pwd
 import re
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from governor import archive, archiving
+from governor import archive
 from governor.children import fork
 from governor.manifest import MANIFEST_NAME, TAR_NAME
 from governor.session_files import find, home_of, parse_pattern
@@ -151,22 +153,24 @@ def test_files_without_number_and_with_long_names_take_little_memory(tmp_path):
     assert (where / name / MANIFEST_NAME).stat().st_size < 8 << 20
 
 
-def test_a_directory_of_more_names_than_there_is_memory_for_is_left(tmp_path, home, monkeypatch):
+def test_a_directory_of_more_names_than_there_is_memory_for_is_left(tmp_path, home):
     (home / "many").mkdir()
     for number in range(40_000):
-        (home / "many" / f"{number:0200}.jsonl").touch()
-    monkeypatch.setattr(archiving, "_SEARCH_BYTES", 4 << 20)  # as if it were a hundred times as many
-
-    def work():
-        kept = [str(number) for number in range(300_000)]  # what earlier tests have left free is taken
-        patterns = [parse_pattern("~/a.jsonl", str(home)), parse_pattern("~/many/*", str(home))]
-        matches = lambda: archiving.in_little_memory(find(patterns))  # noqa: E731
-        made = archive.write(tmp_path / "archives", [], "a test", "t", {}, 1 << 30, matches=matches)
-        kept += [str(number) for number in range(300_000)]  # the bound is gone
-        return repr((len(made.files), made.skipped, made.complete)).encode()
-
+        (home / "many" / f"{number:0240}.jsonl").touch()
+    ask = f"""
+from pathlib import Path
+from governor import archive, archiving
+from governor.session_files import find, parse_pattern
+archiving._SEARCH_BYTES = 8 << 20  # as if there were ten times as many
+patterns = [parse_pattern(glob, "{home}") for glob in ("~/a.jsonl", "~/many/*", "~/deep/**/*.jsonl")]
+matches = lambda: archiving.in_little_memory(find(patterns))
+made = archive.write(Path("{tmp_path}/archives"), [], "a test", "t", {{}}, 1 << 30, matches=matches)
+kept = [str(number) for number in range(300_000)]  # the bound was the search's
+print((len(made.files), made.skipped, made.complete))
+"""
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     cut_short = {"/": "the search was cut short: there are too many names"}
-    assert of_a_fork(work).decode() == repr((1, cut_short, False))
+    assert told.stdout == f"{(1, cut_short, False)}\n", told.stderr
 
 
 def of_a_fork(work):
@@ -240,6 +244,51 @@ def test_restore_does_not_leave_its_directory_by_a_link(tmp_path, home):
     with pytest.raises(archive.ArchiveError, match="lead out of"):
         archive.restore(where, manifest.name, out)
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["x.jsonl", "x.jsonl/y.jsonl"])
+def test_a_file_that_became_a_directory_or_was_one_is_restored_as_it_was_last(tmp_path, home, first):
+    last = {"x.jsonl": "x.jsonl/y.jsonl", "x.jsonl/y.jsonl": "x.jsonl"}[first]
+    (home / first).parent.mkdir(exist_ok=True)
+    (home / first).write_bytes(b"first")
+    where, full = write(tmp_path, home)
+    shutil.rmtree(home / "x.jsonl") if (home / "x.jsonl").is_dir() else (home / first).unlink()
+    (home / last).parent.mkdir(exist_ok=True)
+    (home / last).write_bytes(b"last")
+    patterns = [parse_pattern("~/**/*.jsonl", str(home))]
+    delta = archive.write(where, patterns, "a test", "t", {}, 1 << 30, since=full)
+    assert delta.base == full.name
+    out = tmp_path / "out"
+    written = archive.restore(where, delta.name, out)
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == written
+    restored = out / home.relative_to("/")
+    assert (restored / last).read_bytes() == b"last"
+    assert (restored / "a.jsonl").read_bytes() == b"one\n"
+
+
+@pytest.mark.parametrize("name", ["", "a.jsonl"])
+def test_what_cannot_be_replaced_is_said_before_anything_is_written(tmp_path, home, name):
+    where, manifest = write(tmp_path, home)
+    inside = tmp_path / "out" / home.relative_to("/")
+    (inside / name).mkdir(parents=True) if name else inside.parent.mkdir(parents=True)
+    if not name:
+        inside.touch()
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(archive.ArchiveError, match="directory"):
+        archive.restore(where, manifest.name, tmp_path / "out", overwrite=True)
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_part_that_is_no_file_or_far_too_large_is_said(tmp_path, home):
+    where, manifest = write(tmp_path, home)
+    stream = where / manifest.name / TAR_NAME
+    stream.unlink()
+    os.mkfifo(stream)
+    with pytest.raises(archive.ArchiveError, match="Not a regular file"):
+        archive.verify(where, manifest.name)
+    os.truncate(where / manifest.name / MANIFEST_NAME, 3 << 30)
+    with pytest.raises(archive.ArchiveError, match="larger than 16 MiB"):
+        archive.verify(where, manifest.name)
 
 
 def test_a_full_or_forbidden_place_is_said_and_leaves_nothing(tmp_path, home):

@@ -195,6 +195,14 @@ def test_replay_comes_to_the_same_decisions(tmp_path):
     assert sum(bool(d.recorded) for d in decisions) == 4
 
 
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_replay_waits_for_nobody(tmp_path, kind):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="Not a regular file"):
+        list(replay.replay(replay.files(tmp_path / kind)))
+
+
 def test_replay_by_another_policy_shows_what_differs(tmp_path):
     path = tmp_path / "journal"
     write_journal(path)
