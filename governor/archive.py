@@ -7,6 +7,7 @@ An archive is a directory (mode 0700) `<UTC time>-<target>-<4 hex digits>` with 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import heapq
 import io
@@ -47,6 +48,8 @@ __all__ = [
 _PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
 _FILE_LIMIT_BYTES = 512 << 20
+_SPARED_RATIO, _SPARED_BYTES = 0.05, 4 << 30  # of a file system, whichever is less, stays free
+_FULL = "less than 5 % or 4 GiB of the file system would be left free"
 _FILES_LIMIT = 10_000  # of an archive; as many are named as skipped
 _NAMES_LIMIT_BYTES = 2 << 20  # of either, escaped, as a manifest has them
 _NEWEST = 100  # beyond those limits: the session that is being written is one of these
@@ -64,13 +67,27 @@ _LEVEL = 1  # of zstd: the target is frozen meanwhile
 class _Contents:
     """What goes into an archive, as it is found; with bounds, as all of it is kept in memory."""
 
+    place: Path
     left_bytes: int
+    may_lack: bool  # what the file system has no room for: there is no other place
     entries: list[Entry] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
     complete: bool = True
     names_bytes: int = 0
     skipped_bytes: int = 0
+    is_short_of_room: bool = False
+
+    def check_room(self, size_bytes: int) -> str:
+        """Why the file system has no room for so much, "" if it has; raises OSError where there is another place."""
+        found = os.statvfs(self.place)
+        spared_bytes = min(found.f_blocks * found.f_frsize * _SPARED_RATIO, _SPARED_BYTES)
+        if size_bytes <= found.f_bavail * found.f_frsize - spared_bytes:
+            return ""
+        self.is_short_of_room = True
+        if not self.may_lack:
+            raise OSError(errno.ENOSPC, _FULL)
+        return f"{size_bytes} bytes: {_FULL}"
 
     def has_room(self, path: str, newest: bool = False) -> bool:
         """Whether one more file may be added."""
@@ -142,20 +159,21 @@ def write(
 
     `exclude` are globs as in session_files.find. With `since`, a full archive in the same directory, only what is new
     or has changed goes in; where nothing has, no archive is made and `since` itself is returned. Where that archive
-    is elsewhere, everything goes in. Where `directory` cannot be written, the `fallbacks` are tried in order; then
-    `facts["fallback"]` holds the directory and what was wrong with those before. `matches` finds the files where
-    that is not to be done here by `patterns`.
+    is elsewhere, everything goes in. Where `directory` cannot be written, or would be filled up, the `fallbacks` are
+    tried in order; then `facts["fallback"]` holds the directory and what was wrong with those before. In the last of
+    them, what would fill it up is left out. `matches` finds the files where `patterns` are not to be looked for here.
     """
     if since and since.base:
         raise ValueError(f"{since.name} is a delta itself: a delta needs a full archive")
     found = matches or (lambda: find(patterns, exclude))
     refused: dict[str, str] = {}
-    for place in (directory, *(fallbacks or [])):
+    places = [directory, *(fallbacks or [])]
+    for place in places:
         told = {"fallback": {"directory": str(place), "refused": dict(refused)}} if refused else {}
         try:
             base = since if since and (place / since.name / MANIFEST_NAME).is_file() else None
             manifest = _new_manifest(reason, target, facts | told, base)
-            return _write_to(place, found, manifest, limit_bytes, base)
+            return _write_to(place, found, manifest, limit_bytes, base, may_lack=place == places[-1])
         except OSError as error:
             refused[str(place)] = error.strerror or str(error)
     causes = "; ".join(f"{place}: {why}" for place, why in refused.items())
@@ -178,13 +196,14 @@ def _write_to(
     manifest: Manifest,
     limit_bytes: int,
     base: Manifest | None,
+    may_lack: bool,
 ) -> Manifest:
     building = directory / f".building-{manifest.name}"
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(directory)
         building.mkdir(mode=0o700)
-        contents = _Contents(limit_bytes)
+        contents = _Contents(directory, limit_bytes, may_lack)
         known = {entry.path: entry for entry in base.files} if base else {}
         with _new_file(building / TAR_NAME) as sink:
             with (
@@ -248,6 +267,8 @@ def _fill(tar: tarfile.TarFile, matches: Iterable[Found], contents: _Contents, k
     finally:
         for *_, found in newest:
             os.close(_fd(found))
+    if contents.is_short_of_room and not contents.entries:
+        raise OSError(errno.ENOSPC, _FULL)
 
 
 def _searched(matches: Iterable[Found]) -> Iterator[Found]:
@@ -269,7 +290,7 @@ def _take(tar: tarfile.TarFile, found: Found, contents: _Contents, known: dict[s
         status = os.fstat(fd)
         if _unchanged(fd, status, known.get(found.path), until):
             return
-        if why := _too_much(status, contents.left_bytes, until):
+        if why := _too_much(status, contents.left_bytes, until) or contents.check_room(status.st_size):
             contents.leave_out(found.path, why)
         else:
             contents.add(_add(tar, found, status, contents))

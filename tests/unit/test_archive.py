@@ -297,6 +297,37 @@ def test_a_full_or_forbidden_place_is_said_and_leaves_nothing(tmp_path, home):
         write(tmp_path, home)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Of 8 MiB, half of it taken: 3.6 MiB are left that an archive may have."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", place]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounts nothing here")
+    (place / "taken").write_bytes(b"x" * (4 << 20))
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_file_system_is_never_filled_up(tmp_path, home, small_disk):
+    for name in ("x1.jsonl", "x2.jsonl"):
+        (home / name).write_bytes(os.urandom(3 << 20))
+    patterns = [parse_pattern("~/**/*.jsonl", str(home))]
+    made = archive.write(small_disk, patterns, "a test", "t", {}, 1 << 30, fallbacks=[tmp_path / "roomy"])
+    why = "less than 5 % or 4 GiB of the file system would be left free"
+    assert made.facts["fallback"]["refused"] == {str(small_disk): why} and made.complete
+    made = archive.write(small_disk, patterns, "a test", "t", {}, 1 << 30)
+    assert made.skipped == {f"{home}/x2.jsonl": f"{3 << 20} bytes: {why}"} and (made.left_out, made.complete) == (
+        1,
+        False,
+    )
+    assert archive.verify(small_disk, made.name) == made and len(made.files) == 5
+    with pytest.raises(archive.ArchiveError, match="less than 5 %"):
+        archive.write(small_disk, [parse_pattern("~/x*.jsonl", str(home))], "a test", "t", {}, 1 << 30)
+    assert {path.name for path in small_disk.iterdir()} == {"taken", made.name}
+
+
 def test_an_unfinished_archive_is_not_listed(tmp_path, home):
     where, manifest = write(tmp_path, home)
     (where / ".building-x").mkdir()
