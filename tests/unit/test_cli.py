@@ -37,7 +37,6 @@ WRONG = [
     (["profile", "check", "nope"], 2, "found no such file or profile"),
     (["replay", "GARBAGE"], 1, "GARBAGE:5 cannot be read: passed over\ngovernor: found no line of kind begin"),
     (["replay", "OTHER"], 1, "OTHER:1: no line of a governor journal"),
-    (["report", "/dev/zero"], 2, "/dev/zero: found what is no regular file, expected a journal"),
     (["run", "--memory-max", "0", "--", "true"], 2, "expected at least"),
 ]
 

@@ -571,7 +571,7 @@ def test_no_journal_is_replaced_by_its_report(run, tmp_path):
         (["nope"], 2, "nope: found no such file, expected a journal, or a pod of which there is one"),
         (["agents/nope"], 2, "agents/nope: found no such file"),
         (["."], 2, "found no journal in ."),
-        ([Path("/dev/zero")], 2, "/dev/zero: found no such file"),
+        ([Path("/dev/zero")], 2, "/dev/zero: found what is no regular file"),
         (["garbage"], 1, "garbage: 3 lines, none of them a governor journal's"),
         ([JOURNAL, "-o", "/nope/x.html"], 1, "No such file or directory: '/nope/x.html'"),
         ([JOURNAL, "--format", "pdf"], 2, "'pdf' is not one of"),
