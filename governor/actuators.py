@@ -78,7 +78,7 @@ class Actuators:
             resume_path=guard.resume_path,
         )
         self.executor = Executor(
-            cgroup=guard.cgroup,
+            cgroup=limits.own.own_path,
             slot=slot,
             policy=decisions.policy,
             agent=agent,

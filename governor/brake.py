@@ -261,7 +261,7 @@ class Knobs:
         _STOPPED_COUNT.pack_into(self._memory, at, 0)
         self._memory[self._start + _OFF_FROZEN] = STOP
         agent_pid, governor_pid = self._agent
-        if subtree.stop(agent_pid, self.memcg.path, governor_pid, self._write_down):
+        if subtree.stop(agent_pid, self.memcg.own_path, governor_pid, self._write_down):
             return True
         _let_go_on(self._memory, self._start)
         return False

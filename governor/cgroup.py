@@ -140,6 +140,11 @@ class Memcg:
             self.close()
             raise
 
+    @property
+    def own_path(self) -> str:
+        """A path, in this process until close(), of the memcg that was opened, whatever has `path` by now."""
+        return f"/proc/self/fd/{self.directory_fd}"
+
     def open(self, name: str, flags: int) -> int:
         """Open a file of the memcg; raises OSError."""
         return os.open(name, flags | os.O_CLOEXEC, dir_fd=self.directory_fd)

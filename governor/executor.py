@@ -264,7 +264,7 @@ class Executor:
         if self.brake == FREEZE and spared:
             processes.kill_all_but(self.cgroup, spared)
         elif self.brake == FREEZE:
-            processes.kill_memcg(self.cgroup, self.limits.own.directory_fd)
+            processes.kill_memcg(self.cgroup)
         else:
             own = (*self.remembered(), self.agent.identity)
             processes.kill_tree(self.cgroup, 0, 0, (), own, self.agent.pid)

@@ -237,10 +237,10 @@ class Node:
 
     def _govern(self, there: _There, policy: Policy, reason: str) -> None:
         shown, path = _shown(there.container), there.container.cgroup
-        slot = self.loop.knob_file.free_slot()
-        lock_fd = -1
+        cgroup_id, lock_fd = 0, -1
         try:
             cgroup_id = os.stat(path).st_ino  # noqa: PTH116  fifty times a second, as what follows
+            slot = self.loop.knob_file.free_slot()
             lock_fd = instance.lock(guard_options.lock_name(cgroup_id))
             os.set_inheritable(lock_fd, False)
             guard = self._guard(there.container, policy)
@@ -250,14 +250,16 @@ class Node:
             self._again.set(path, time.monotonic_ns() + _AGAIN_NS)
             self.loop.tally.not_governed += 1
             self.note("busy", f"{shown}: guarded by process {busy.pid}", cgroup=path)
-        except (OSError, ValueError) as error:  # ValueError: a path that is no text, or too long for a slot
-            is_gone = not _exists(path)
+        except Exception as error:  # ValueError: a path that is no text, or too long for a slot
+            is_gone = not _is_there(path, cgroup_id)
             if lock_fd >= 0:
                 _unlock(cgroup_id, lock_fd, is_gone)
             if is_gone:
                 return
             self._again.set(path, time.monotonic_ns() + _AGAIN_NS)
             self.loop.tally.not_governed += 1
+            if not isinstance(error, (OSError, ValueError)):  # a fault of ours: the loop says where
+                raise
             why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
             self.note("not_governed", f"{shown}: {why}", cgroup=printable(path))
         else:
@@ -285,11 +287,13 @@ class Node:
         """The loop has let go of it."""
         there.slot = None
         path = there.container.cgroup
-        is_gone = not _exists(path)  # neither its path nor its id comes again
+        is_gone = not _is_there(path, cgroup_id)  # its id does not come again
         if is_gone:
             with suppress(OSError):
-                _remove(str(state_file.path_for(path)))
                 _remove(str(told.path_for(cgroup_id)))
+        if is_gone and not os.path.exists(path):  # noqa: PTH110  as below; nor does its path, but for who has it now
+            with suppress(OSError):
+                _remove(str(state_file.path_for(path)))
             self._left[self._journal_path(there.container)] = None
         _unlock(cgroup_id, lock_fd, is_gone)
         while len(self._left) > _JOURNALS_KEPT:
@@ -306,8 +310,12 @@ def _unlock(cgroup_id: int, lock_fd: int, is_gone: bool) -> None:
     os.close(lock_fd)
 
 
-def _exists(path: str) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  no pathlib where containers come and go: twice what the call takes
+def _is_there(path: str, cgroup_id: int) -> bool:
+    """Whether the memcg of this id still has the path; False as well where that cannot be seen."""
+    try:
+        return os.stat(path).st_ino == cgroup_id  # noqa: PTH116  no pathlib where containers come and go: it takes twice
+    except OSError:
+        return False
 
 
 def _remove(path: str) -> bool:

@@ -40,7 +40,7 @@ class Sampling:
         self.gone = False  # the memcg is
         self.looked_ns = 0  # 0: look now
         self.rate_bytes: int | None = None  # per second, between the last two samples
-        self.attribution = Attribution(limits.own.path, agent_pid)
+        self.attribution = Attribution(limits.own.own_path, agent_pid)
         self._limits, self._slot, self._agent = limits, slot, agent
         self._decisions, self._shared, self._note = decisions, shared, note
         self._veto = Veto(limits.cgroup_id)
@@ -75,7 +75,7 @@ class Sampling:
 
     def found_agent(self) -> None:
         """Follow the processes from this agent on."""
-        self.attribution = Attribution(self._limits.own.path, self._agent.pid)
+        self.attribution = Attribution(self._limits.own.own_path, self._agent.pid)
 
     def look(self, now_ns: int) -> None:
         """Look at its memory, and ask the ladder."""

@@ -68,7 +68,7 @@ class Target:
         is_within = is_inside(memcg_of("self", self._memcg.v1), guard.cgroup)
         match = profile.match if profile else None
         self._agent = AgentProcess(
-            guard.cgroup,
+            self._memcg.own_path,  # the path may be another memcg's before it is seen that ours is gone
             guard.agent_pid or 0,
             is_within,
             match,

@@ -169,17 +169,13 @@ def kill_bursting(found: Iterable[Process], spare_pid: int, max_bytes: int) -> I
             yield process
 
 
-def kill_memcg(path: str, directory_fd: int = -1) -> None:
-    """SIGKILL everything in a memcg: at once with cgroup.kill (5.14), else one by one.
-
-    With `directory_fd` (see cgroup.Memcg) it is the memcg that was opened, whatever has the path now.
-    """
-    where = f"/proc/self/fd/{directory_fd}" if directory_fd >= 0 else path
+def kill_memcg(path: str) -> None:
+    """SIGKILL everything in a memcg: at once with cgroup.kill (5.14), else one by one."""
     try:
-        with Path(where, "cgroup.kill").open("r+b", buffering=0) as file:  # "w" would make one where there is none
+        with Path(path, "cgroup.kill").open("r+b", buffering=0) as file:  # "w" would make one where there is none
             file.write(b"1")
     except OSError:
-        for pid in memcg_pids(where):
+        for pid in memcg_pids(path):
             send(pid, signal.SIGKILL)
 
 

@@ -153,13 +153,13 @@ def test_an_open_memcg_is_killed_not_the_one_that_has_its_name_now(container):
     pod = container(64)
     memcg = cgroup.Memcg(str(pod.path))
     first = pod.start("sleep", "600")
-    processes.kill_memcg(str(pod.path), memcg.directory_fd)
+    processes.kill_memcg(memcg.own_path)
     assert first.wait(timeout=10) == -signal.SIGKILL
     wait_for(lambda: "populated 0" in pod.read("cgroup.events"))
     pod.path.rmdir()
     pod.path.mkdir()
     second = pod.start("sleep", "600")
-    processes.kill_memcg(str(pod.path), memcg.directory_fd)
+    processes.kill_memcg(memcg.own_path)
     time.sleep(0.3)
     assert second.poll() is None
     memcg.close()

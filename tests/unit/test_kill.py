@@ -161,7 +161,7 @@ def test_an_open_memcg_is_killed_not_what_has_its_path_now(chains, tmp_path):
     old.rename(tmp_path / "gone")
     old.mkdir()
     (old / "cgroup.procs").write_text(f"{newcomer}\n")
-    processes.kill_memcg(str(old), fd)
+    processes.kill_memcg(f"/proc/self/fd/{fd}")
     os.close(fd)
     assert lives(newcomer)
 

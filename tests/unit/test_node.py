@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -181,3 +182,56 @@ def test_where_no_journal_can_be_written_containers_are_governed(machine, lost, 
     machine.begin()
     assert machine.turn() == ["pod-1"]
     assert "cannot be opened" in capfd.readouterr().err
+
+
+def test_what_fails_in_adding_is_tried_again_with_its_lock(machine, monkeypatch):
+    machine.container(1)
+    node = machine.begin()
+    with monkeypatch.context() as broken:
+        broken.setattr(node.loop, "add", lambda *_: {}["a fault of ours"])
+        with pytest.raises(KeyError):
+            machine.turn()
+    node._again.set(str(machine.path(1)), 0)
+    assert machine.turn() == ["pod-1"]
+
+
+def test_no_slot_to_be_had_is_tried_again(machine, monkeypatch, capfd):
+    machine.container(1)
+    node = machine.begin()
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", machine.wanted.knob_path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(node.loop.knob_file, "free_slot", full)
+        assert machine.turn() == []
+    assert "No space left on device" in capfd.readouterr().err
+    node._again.set(str(machine.path(1)), 0)
+    assert machine.turn() == ["pod-1"]
+
+
+def test_a_memcg_that_is_made_again_at_its_path_takes_nothing_and_leaves_nothing(machine):
+    """Its target is looked at once its path is another memcg's, with a process in it."""
+    runs = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    try:
+        machine.container(1)
+        node = machine.begin()
+        assert machine.turn() == ["pod-1"]
+        for number, run in enumerate(runs):
+            [old] = node.loop.targets.values()
+            machine.path(1).rename(machine.top / f"gone-{number}")
+            Memcg(machine.path(1)).write("cgroup.procs", f"{run.pid}\n")
+            old.turn(time.monotonic_ns())
+            assert old.standing().agent_pid != run.pid
+            assert machine.turn() == ["pod-1"]
+            old.gone = True  # a real memcg's files say so
+            node.loop._turn(old, time.monotonic_ns())
+            [target] = node.loop.targets.values()
+            assert target.standing().agent_pid == run.pid
+            locks = [path.name for path in instance.run_directory().glob("memcg-*.lock")]
+            assert locks == [f"memcg-{machine.path(1).stat().st_ino}.lock"]
+            assert node._left == {}
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
