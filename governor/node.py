@@ -74,6 +74,7 @@ class _There:
 
     container: Container
     slot: int | None = None  # None: not governed
+    refused: tuple[str, ...] = ()  # which of its wishes, as was said
 
 
 class Node:
@@ -218,7 +219,9 @@ class Node:
         shown, path = _shown(there.container), there.container.cgroup
         self._again.drop(path)
         for refused in choice.refused:
-            self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
+            if refused not in there.refused:
+                self.note("wish_refused", f"{shown}: {refused}", cgroup=path)
+        there.refused = choice.refused
         target = self.loop.targets.get(there.slot) if there.slot is not None else None
         if target:
             target.known_as(there.container)

@@ -38,7 +38,10 @@ def check(
     good = True
     for policy in policies:
         try:
-            for where, loaded in _loaded(policy).items():
+            found = _loaded(policy)
+            if not found:
+                out(f"{policy}: no policy is in it (*.toml): nothing would be governed")
+            for where, loaded in found.items():
                 out(f"{where}: good: policy {loaded.policy.name}")
         except PoliciesError as error:
             good = False

@@ -57,9 +57,9 @@ def reload(old: Policies, directory: Path, note: Note) -> Policies:
     except PoliciesError as error:
         note("policy_refused", f"all policies stay as they were: {error}")
         return old
-    if policies != old:
-        names = ", ".join(loaded.policy.name for loaded in policies.values()) or "none: nothing is governed"
-        note("policies", f"policies were read again from {directory}: {names}", path=str(directory))
+    names = ", ".join(loaded.policy.name for loaded in policies.values()) or "none: nothing is governed"
+    found = f"{len(policies)}, as before" if policies == old else names
+    note("policies", f"policies were read again from {directory}: {found}", path=str(directory))
     return policies
 
 

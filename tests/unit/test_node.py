@@ -97,6 +97,19 @@ def test_policies_that_were_read_again_are_those_that_choose(machine):
     assert machine.turn() == ["pod-2"]
 
 
+def test_why_a_wish_does_not_count_is_said_once_until_it_is_for_another_reason(machine, capfd):
+    machine.container(1, environment=["GOVERNOR_POLICY=careful"])
+    machine.begin()
+    for _ in range(3):
+        assert machine.turn() == ["pod-1"]
+        machine.node._read_policies_again()
+    assert capfd.readouterr().err.count("which is no policy") == 1
+    (machine.top / "policies/20-careful.toml").write_text('name = "careful"\n[select]\nnamespace = ["shop"]\n')
+    machine.node._read_policies_again()
+    machine.turn()
+    assert capfd.readouterr().err.count("which is not selectable") == 1
+
+
 def remembered(target, age_s):
     path = state_file.path_for(str(target))
     state_file.save(path, Saved(str(target), (0, 0), State()))

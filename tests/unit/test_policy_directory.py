@@ -124,8 +124,10 @@ def test_a_bad_file_changes_nothing_and_a_good_one_is_told(directory):
         notes.append((kind, text))
 
     old = load(directory)
+    as_before = ("policies", f"policies were read again from {directory}: 2, as before")
     assert reload(old, directory, note) == old
-    assert notes == []
+    assert notes == [as_before]
+    notes.clear()
     (directory / "30.toml").write_text("[compact]\nengage = 7\ndwell = 7")
     assert reload(old, directory, note) is old
     [(kind, text)] = notes
@@ -133,9 +135,12 @@ def test_a_bad_file_changes_nothing_and_a_good_one_is_told(directory):
     assert "stay as they were" in text
     assert "compact.engage" in text
     assert "compact.dwell" in text
+    (directory / "30.toml").unlink()
+    assert reload(old, directory, note) == old
+    assert notes[1:] == [as_before]
     (directory / "30.toml").write_text('[select]\npod = ["x"]')
     assert [loaded.policy.name for loaded in reload(old, directory, note).values()] == ["10-agents", "gentle", "30"]
-    assert notes[1:] == [("policies", f"policies were read again from {directory}: 10-agents, gentle, 30")]
+    assert notes[2:] == [("policies", f"policies were read again from {directory}: 10-agents, gentle, 30")]
     for path in directory.iterdir():
         path.unlink()
     assert reload(old, directory, note) == {}
@@ -148,6 +153,11 @@ def test_a_bad_file_changes_nothing_and_a_good_one_is_told(directory):
 def run(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["policy", *map(str, arguments)])
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_check_says_of_a_directory_that_no_policy_is_in_it(tmp_path):
+    (tmp_path / "policy.txt").touch()
+    assert run("check", tmp_path) == (0, f"{tmp_path}: no policy is in it (*.toml): nothing would be governed\n", "")
 
 
 def test_check_takes_presets_files_and_directories_and_says_every_fault_of_all(directory, tmp_path):
