@@ -11,6 +11,7 @@ import typer
 from governor import archive, instance
 from governor.cli_common import JsonOption, fail, out
 from governor.journal import printable
+from governor.report_figures import plural
 
 archive_app = typer.Typer(help="List, verify and restore archived sessions.", no_args_is_help=True)
 
@@ -44,7 +45,7 @@ def archive_list(directory: ArchiveOption = None, json: JsonOption = False) -> N
             typer.echo(orjson.dumps(manifest).decode())
         else:
             size_bytes = sum(entry.size_bytes for entry in manifest.files)
-            out(f"{name}  {len(manifest.files)} files, {size_bytes} bytes  {manifest.reason}")
+            out(f"{name}  {plural(len(manifest.files), 'file')}, {size_bytes} bytes  {manifest.reason}")
 
 
 @archive_app.command("verify")
@@ -54,7 +55,8 @@ def archive_verify(name: NameArgument, directory: ArchiveOption = None) -> None:
         manifest = archive.verify(_archives(directory), name)
     except archive.ArchiveError as error:
         fail(str(error))
-    out(f"{name}: {len(manifest.files)} files are as the manifest says")
+    files = plural(len(manifest.files), "file is", "files are")
+    out(f"{name}: {files} as the manifest says")
 
 
 @archive_app.command("restore")

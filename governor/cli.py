@@ -200,6 +200,8 @@ def _fact(name: str, value: object) -> str:
         return "yes" if value else "no"
     if name == "capabilities":
         return f"{value:#x}"
+    if name in ("freezer", "cgroup_kill"):
+        return "not known: there is no memcg to look at"
     if isinstance(value, dict):
         return ", ".join(f"{module} {how}" for module, how in value.items()) or "not tried"
     return str(value) if value not in ("", None) else "none"

@@ -314,6 +314,7 @@ class Loop:
         then()
 
     def _on_reflex(self, said: link.FromReflex) -> None:
+        is_of_no_use = self._source is Source.BPF and self._programs.lost
         match said:
             case link.Heard(record=found, called_back_ns=called_back_ns):
                 self.tally.heard(found, called_back_ns)
@@ -322,6 +323,8 @@ class Loop:
                     self._schedule.set(target.slot, target.due_ns)
                 elif found.kind == record.OOM_KILL and not found.cgroup_id:
                     self.note("oom_kill", f"out of memory, the machine: the kernel chose process {found.pid}")
+            case link.Adopted() | link.Source() if is_of_no_use:
+                pass  # nobody is protected by who leaves
             case link.Braked(slot=slot) | link.Thawed(slot=slot) | link.Adopted(slot=slot) | link.Source(slot=slot):
                 if (target := self.targets.get(slot)) is not None:
                     target.reports.on_said(said)
@@ -331,7 +334,7 @@ class Loop:
                 self._free(slot)
             case link.Refused(reason=reason):
                 self._programs.refused(reason)
-            case link.Alive() if self._source is Source.BPF and self._programs.lost:
+            case link.Alive() if is_of_no_use and not self._stopping:
                 self.note("stopping", "source bpf allows nothing else: leaving")
                 self.status = 1
                 self._stop()

@@ -93,6 +93,11 @@ def watch(
         fail(f"found --source {source!r}, expected {', '.join(SOURCES[:-1])} or {SOURCES[-1]}", 2)
     if until not in ("", "crossing"):
         fail(f"found --until {until!r}, expected crossing", 2)
+    if once and source == "bpf":
+        fail(
+            "--source bpf loads programs, which takes longer than --once: expected --for SECONDS, or another source",
+            2,
+        )
     if target == "":
         fail(f"found an empty TARGET, expected {TARGET_WORDS}", 2)
     if seconds is not None and not seconds <= _LONGEST_S:

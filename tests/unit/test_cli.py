@@ -24,6 +24,7 @@ WRONG = [
     (["watch", "nobody/nothing"], 2, "found nothing called 'nobody/nothing' here, expected a pod"),
     (["watch", "4194305"], 2, "found no process 4194305"),
     (["watch", "self", "--source", "x"], 2, "found --source 'x', expected auto, bpf, psi or poll"),
+    (["watch", "self", "--source", "bpf", "--once"], 2, "expected --for SECONDS, or another source"),
     (["watch", "self", "--until", "x"], 2, "found --until 'x', expected crossing"),
     (["watch", "--until", "crossing"], 2, "--until needs a TARGET"),
     (["guard", "--cgroup", "/nope"], 2, "found no memcg at /nope"),

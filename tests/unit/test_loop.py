@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from governor import policy_file, profile_file, profile_state
+from governor import link, policy_file, profile_file, profile_state
 from governor.actions import processes
 from governor.agent_process import AgentProcess
 from governor.executor import Executor
@@ -51,9 +51,9 @@ class Memcg:
 class Running:
     """A loop that is turned by hand."""
 
-    def __init__(self, tmp_path):
+    def __init__(self, tmp_path, source=Source.POLL, bpf_refused=""):
         self.tmp_path = tmp_path
-        self.loop = Loop("test-loop", str(tmp_path / "knobs"), Source.POLL)
+        self.loop = Loop("test-loop", str(tmp_path / "knobs"), source, bpf_refused)
         self.loop.is_lasting = True
         self.notes = []
         self.loop.note = lambda kind, text, **_: self.notes.append((kind, text))
@@ -89,6 +89,20 @@ def running(tmp_path, monkeypatch):
     made = Running(tmp_path)
     yield made
     made.loop._end()
+
+
+def test_where_only_bpf_is_allowed_and_there_is_none_nobody_is_called_protected(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    running = Running(tmp_path, Source.BPF, "there are no programs")
+    running.loop._programs.load(running.loop.children)
+    running.add("a")
+    heard = []
+    on_reflex = running.loop._on_reflex
+    running.loop._on_reflex = lambda said: (heard.append(type(said)), on_reflex(said))
+    running.until(lambda: {link.Adopted, link.Alive} <= set(heard), "what reflex says")
+    running.loop._end()
+    assert '"protecting"' not in running.journal("a")
+    assert (running.loop.status, running.loop.is_stopping) == (1, True)
 
 
 def held(running, name):

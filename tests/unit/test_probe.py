@@ -92,6 +92,14 @@ def test_doctor_tells_both_people_and_programs(monkeypatch, facts, status):
     assert f"source: {'none' if status else 'bpf'}" in plain.stdout
 
 
+def test_doctor_says_what_it_could_not_look_at(monkeypatch):
+    facts = dataclasses.replace(GOOD, freezer=None, cgroup_kill=None)
+    monkeypatch.setattr(probe, "probe", lambda: facts)
+    lines = CliRunner().invoke(cli.app, ["doctor", "--quick"]).stdout.splitlines()
+    unknown = [line.split()[0] for line in lines if line.endswith("not known: there is no memcg to look at")]
+    assert unknown == ["freezer", "cgroup_kill"]
+
+
 def test_probing_this_machine_raises_nothing():
     facts = probe.probe()
     assert facts.kernel

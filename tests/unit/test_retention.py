@@ -243,6 +243,7 @@ def test_list_says_where_else_there_are_archives(place, tmp_path, monkeypatch):
     listed = CliRunner().invoke(app, ["archive", "list", "--archive-dir", str(place.archives)])
     assert mine.name in listed.stdout and fallen.name not in listed.stdout
     assert f"1 more in {usual}" in listed.stderr
+    assert f"{mine.name}  1 file, 7 bytes" in listed.stdout
     assert CliRunner().invoke(app, ["archive", "list"]).stderr == ""
 
 
