@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import orjson
 
 from governor import announce, cut_turn, link, model, record, resume, subtree, told
 from governor.actions import processes, termination_log
@@ -26,8 +29,33 @@ from governor.model import Status, Tier
 from governor.policy import SECOND, Efficacy, Policy, levels
 from governor.profile import Profile
 from governor.recycle import Recycle
+from governor.subtree import memcg_pids
 
 _TERMINATION_LOG_NS = 5 * SECOND
+_KILL_NS = 10 * SECOND
+_KILLED_HERE = 500  # of so many processes at most: some 20 ms
+_NAMED = 8  # of those killed
+
+
+class _Killed(NamedTuple):
+    """How many were killed, and of the first ones pid, name and bytes resident."""
+
+    number: int
+    first: list[tuple[int, str, int]]
+
+    @classmethod
+    def of(cls, found: Iterable[processes.Process]) -> _Killed:
+        everybody = list(found)
+        return cls(len(everybody), [(one.pid, one.comm, one.rss_bytes) for one in everybody[:_NAMED]])
+
+    @property
+    def more(self) -> int:
+        """Beside the first ones."""
+        return self.number - len(self.first)
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{comm} ({pid}, {held_bytes >> 20} MiB)" for pid, comm, held_bytes in self.first)
+        return names + (f" and {self.more} more" if self.more else "")
 
 
 @dataclass(slots=True)
@@ -170,20 +198,22 @@ class Executor:
 
     def _shed(self, shed: model.Shed, state: model.State) -> None:
         self.note("shedding", f"shed: {shed.reason}", pid=shed.culprit_pid)
-        killed = processes.kill_tree(
-            self.cgroup,
-            shed.culprit_pid,
-            shed.culprit_start_ticks,
-            (self.agent.pid,),
-            shed.members,
-            self.agent.pid,
+        culprit, agent_pid = (shed.culprit_pid, shed.culprit_start_ticks), self.agent.pid
+        self._kill(
+            lambda: processes.kill_tree(self.cgroup, *culprit, (agent_pid,), shed.members, agent_pid),
+            lambda killed: self._was_shed(killed, state),
         )
-        what = ", ".join(f"{process.comm} ({process.pid})" for process in killed) or "nobody: it had ended"
-        self.note("shed", f"SIGKILL to {what}", pids=[process.pid for process in killed])
-        self.feed(model.Shedded(len(killed)))
-        if killed:
+
+    def _was_shed(self, killed: _Killed, state: model.State) -> None:
+        self.note(
+            "shed",
+            f"SIGKILL to {killed if killed.number else 'nobody: it had ended'}",
+            pids=[pid for pid, *_ in killed.first],
+        )
+        self.feed(model.Shedded(killed.number))
+        if killed.number:
             growth, max_bytes = (state.held.growth, state.held.state.max_bytes) if state.held else (None, 0)
-            text = told.of_a_shed([process.comm for process in killed], growth, max_bytes)
+            text = told.of_a_shed([comm for _, comm, _ in killed.first], growth, max_bytes, killed.more)
             self.note_told(text)
             if self.policy.shed.tell:
                 self.deliveries.tell(text)
@@ -196,11 +226,21 @@ class Executor:
 
     def _terminate(self, reason: str, state: model.State) -> None:
         max_bytes = state.held.state.max_bytes if state.held else 0
-        spared = self._spared()
-        within_reach = [process for process in self._within_reach() if process.pid not in spared]
-        for process in processes.kill_bursting(within_reach, self.agent.pid, max_bytes):
-            held_mib = process.rss_bytes >> 20
-            self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), {held_mib} MiB")
+        spared, agent, own_pid = self._spared(), self.agent.identity, os.getpid()
+
+        def kill() -> Iterable[processes.Process]:
+            within_reach = (process for process in self._within_reach(own_pid) if process.pid not in spared)
+            return processes.kill_bursting(within_reach, agent[0], max_bytes)
+
+        def then(killed: _Killed) -> None:
+            if killed.number:
+                self.note("killed", f"SIGKILL to {killed}")
+            if self.agent.identity == agent:  # it may have ended meanwhile
+                self._ask_to_end(reason)
+
+        self._kill(kill, then)
+
+    def _ask_to_end(self, reason: str) -> None:
         pid, message = self.agent.pid, f"governor: terminated: {reason}"
 
         door, lives_elsewhere = self.agent.way_in(), self.agent.lives_elsewhere
@@ -248,11 +288,32 @@ class Executor:
             resume.withdraw(path)
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 
-    def _within_reach(self) -> list[processes.Process]:
+    def _kill(
+        self, kill: Callable[[], Iterable[processes.Process]], then: Callable[[_Killed], None] = lambda _: None
+    ) -> None:
+        """`then` hears who was hit, at once where few can be; else a child does it, which may take a second.
+
+        Not so where governor is among them: a child would not know whom of its own to spare, and nobody else waits.
+        """
+        pids = memcg_pids(self.cgroup)
+        if len(pids) <= _KILLED_HERE or os.getpid() in pids:
+            then(_Killed.of(kill()))
+            return
+
+        def ended(how: Ended) -> None:
+            if not how.ok:
+                self.note("fault", f"not all were killed: {how.why}")
+            then(_Killed(*orjson.loads(how.output)) if how.ok else _Killed(0, []))
+
+        deadline_ns = time.monotonic_ns() + _KILL_NS
+        work = lambda: orjson.dumps(tuple(_Killed.of(kill())))  # noqa: E731
+        self.children.attempt(lambda: fork(work, deadline_ns, f"SIGKILL among {len(pids)} processes"), ended)
+
+    def _within_reach(self, own_pid: int) -> list[processes.Process]:
         """The whole memcg; where governor may not freeze that, the agent's own processes."""
         if self.brake == FREEZE:
             return processes.processes(self.cgroup)
-        return [processes.process_of(stat) for stat in subtree.members(self.agent.pid, self.cgroup, os.getpid())]
+        return [processes.process_of(stat) for stat in subtree.members(self.agent.pid, self.cgroup, own_pid)]
 
     def _spared(self) -> list[int]:
         """A `governor run` in there whose guard stands back: it brings the session back."""
@@ -262,12 +323,13 @@ class Executor:
         """SIGKILL to the whole memcg; where governor may not freeze that, to the agent's own processes."""
         spared = self._spared()
         if self.brake == FREEZE and spared:
-            processes.kill_all_but(self.cgroup, spared)
+            self._kill(lambda: processes.kill_all_but(self.cgroup, spared))
         elif self.brake == FREEZE:
             processes.kill_memcg(self.cgroup)
         else:
             own = (*self.remembered(), self.agent.identity)
-            processes.kill_tree(self.cgroup, 0, 0, (), own, self.agent.pid)
+            agent_pid = self.agent.pid
+            self._kill(lambda: processes.kill_tree(self.cgroup, 0, 0, (), own, agent_pid))
 
     def _termination_log_ended(self, ended: Ended) -> None:
         if not ended.ok:
@@ -282,8 +344,12 @@ class Executor:
         """What its profile says outlives an agent: in the whole memcg where that is governor's, else of its own."""
         names = self.profile.session.sweep if self.profile else ()
         own = None if self.brake == FREEZE else self.remembered()
-        for process in processes.kill_named(self.cgroup, names, own) if names else ():
-            self.note("killed", f"SIGKILL to process {process.pid} ({process.comm}), which outlived the agent")
+        if names:
+            self._kill(lambda: processes.kill_named(self.cgroup, names, own), self._were_swept)
+
+    def _were_swept(self, killed: _Killed) -> None:
+        if killed.number:
+            self.note("killed", f"SIGKILL to {killed}, which outlived the agent")
 
     def archive_the_end(self, state: model.State, killed_by: str) -> None:
         """What the handler of a terminated agent wrote, or what is left of one that the kernel killed.

@@ -26,10 +26,10 @@ def path_for(cgroup_id: int, directory: Path | None = None) -> Path:
     return (directory or instance.run_directory()) / f"memcg-{cgroup_id}.told"
 
 
-def of_a_shed(killed: list[str], growth: Growth | None, max_bytes: int) -> str:
-    """What an agent should know of a tool that was killed: who, how fast it grew, how to try again."""
-    killed = [_STRANGE.sub("_", name)[:_NAME_LIMIT] or "_" for name in killed]
-    who = ", ".join(killed[:8]) + (f" and {len(killed) - 8} more" if len(killed) > 8 else "")
+def of_a_shed(killed: list[str], growth: Growth | None, max_bytes: int, more: int = 0) -> str:
+    """What an agent should know of a tool that was killed: who (and how many more), how fast it grew, what to do."""
+    who = ", ".join(_STRANGE.sub("_", name)[:_NAME_LIMIT] or "_" for name in killed)
+    who += f" and {more} more" if more else ""
     grew = ""
     if growth and growth.grown_bytes:
         took_s = growth.window_ns / 1e9

@@ -16,6 +16,8 @@ from governor.subtree import Stat, ancestors, is_wrapper, memcg_pids, read_stat
 
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 _KILL_ROUNDS = 8
+_BATCH = 512  # of pidfds that are open at once
+_LED_AMONG = 1000  # processes of a memcg, those listed first: on cgroup v2 those that entered it first
 _PIDFD_SIGNAL_THREAD = 1  # linux/pidfd.h
 _LIBC = ctypes.CDLL(None)
 _PF_FORKNOEXEC = 0x40  # linux/sched.h
@@ -84,8 +86,10 @@ GUARD_COMM = "governor-guard"  # which `governor run` starts beside the agent
 
 def leader(path: str) -> Process | None:
     """The process that the memcg was made for: the oldest whose parent is outside, or what it merely wraps."""
-    found = [process for process in processes(path) if process.rss_bytes]  # without those that ended
-    pids = {process.pid for process in found}
+    listed = memcg_pids(path)
+    read = [process for pid in listed[:_LED_AMONG] if (process := read_process(pid))]
+    found = [process for process in read if process.rss_bytes]  # without those that ended
+    pids = {*listed[_LED_AMONG:], *(process.pid for process in found)}
     tops = [process for process in found if process.parent_pid not in pids]
     top = min(tops, key=lambda process: (process.start_ticks, process.pid), default=None)
     while top and is_wrapper(top.pid, top.comm):
@@ -159,13 +163,12 @@ def kill_bursting(found: Iterable[Process], spare_pid: int, max_bytes: int) -> I
     Never the agent (`spare_pid`), what it descends from (a wrapper may be the container's process 1), or governor.
     """
     spared = _with_ancestors({spare_pid, os.getpid()})
+    least_bytes = BURSTING_RATIO * max_bytes
     for process in found:
+        if process.pid in spared or process.rss_bytes <= least_bytes:
+            continue
         held_bytes = anonymous_bytes(process.pid) or 0  # mapped files are not what burst
-        if (
-            process.pid not in spared
-            and held_bytes > BURSTING_RATIO * max_bytes
-            and send(process.pid, signal.SIGKILL)
-        ):
+        if held_bytes > least_bytes and send(process.pid, signal.SIGKILL):
             yield process
 
 
@@ -216,7 +219,9 @@ def kill_tree(
     for _ in range(_KILL_ROUNDS):
         found = _tree(processes(memcg_path), keys, spare, agent_pid)
         keys |= found.keys()
-        killed = _kill_verified(memcg_path, [process for key, process in found.items() if key not in hit])
+        meant = [process for key, process in found.items() if key not in hit]
+        batches = (meant[at : at + _BATCH] for at in range(0, len(meant), _BATCH))
+        killed = [process for batch in batches for process in _kill_verified(memcg_path, batch)]
         if not killed:
             break
         hit |= {(process.pid, process.start_ticks): process for process in killed}

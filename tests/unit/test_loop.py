@@ -1,6 +1,9 @@
 """loop: targets that come and go beside a real reflex; their memcgs are directories of plain files."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +13,11 @@ import pytest
 from governor import link, policy_file, profile_file, profile_state
 from governor.actions import processes
 from governor.agent_process import AgentProcess
+from governor.cgroup import MemoryState
 from governor.executor import Executor
 from governor.guard import Guard, with_profile
 from governor.loop import Loop
-from governor.model import State, Tier, Warn
+from governor.model import Braked, State, Terminate, Tier, Warn
 from governor.policy import Source
 from governor.turns import AT_ONCE, Turn
 from tests.fakes import container as containers
@@ -264,3 +268,28 @@ def test_in_a_dry_run_nothing_follows_an_oom_kill(running, monkeypatch):
     executor.policy = replace(executor.policy, dry_run=True)
     executor.archive_the_end(State(), "killed by the kernel")
     assert done == ["sweep", "archive"]
+
+
+@pytest.mark.parametrize("killed_here", [500, 0], ids=["here", "in a child"])
+def test_who_bursts_beside_the_agent_is_killed_before_it_is_told_to_end(running, monkeypatch, killed_here):
+    monkeypatch.setattr("governor.executor._KILLED_HERE", killed_here)
+    code = "b = bytearray(b'x' * (20 << 20)); print(flush=True); import time; time.sleep(600)"
+    agent, burst = (subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2))
+    try:
+        for process in (agent, burst):
+            process.stdout.readline()
+        _, target = running.add("a", pid=f"{agent.pid}\n{burst.pid}\n")
+        running.until(lambda: target._agent.pid == agent.pid, "the agent")
+        running.until(lambda: '"protecting"' in running.journal("a"), "protection")
+        held = Braked(MemoryState(95 * MIB, 100 * MIB, 0, 0, 0), None, True)
+        target._actuators.executor.carry_out(Terminate("full"), State(held=held))
+        running.until(lambda: '"kind":"terminating"' in running.journal("a"), "the termination")
+        lines = [json.loads(line) for line in running.journal("a").splitlines()]
+        told = [line["text"] for line in lines if line["kind"] in ("killed", "terminating")]
+        assert f"({burst.pid}, " in told[0] and f"SIGTERM to the agent (process {agent.pid})" in told[1]
+        assert (burst.wait(20), agent.wait(20)) == (-signal.SIGKILL, -signal.SIGTERM)
+    finally:
+        for process in (agent, burst):
+            process.kill()
+            process.wait()
+            process.stdout.close()
