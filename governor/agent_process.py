@@ -17,6 +17,7 @@ from governor.profile_agent import Agent, NoAgent, find_agent, fits, lives_elsew
 from governor.session_files import Pattern, home_of, home_of_user, parse_pattern
 
 _STARTING_S = 10.0
+_READ_AT_ONCE = 1000  # processes: some 20 ms
 _LOOK_AGAIN_NS = 5 * SECOND
 _SETTLED_NS = 8 * SECOND  # until its HOME is read, for after its end: most that come and go have gone by then
 
@@ -58,7 +59,8 @@ class AgentProcess:
         self.ends_all = False  # whether what was started in its place ends with it
         self._looked_ns = 0
         self._followed_first_ns = self._follow_ns = 0
-        self._below: set[tuple[int, int, str, bool]] = set()  # who descends from a stand-in, at the last look
+        self._below: dict[int, tuple[int, str, bool]] = {}  # who descends from a stand-in, as last read
+        self._last_read_pid = 0  # where not all are read each time
         self._patterns: dict[tuple[str, ...], list[Pattern]] = {}
 
     def find(self) -> bool:
@@ -168,12 +170,24 @@ class AgentProcess:
         return self._has_news(self.pid) and self._meant(self.pid) is not None
 
     def _has_news(self, pid: int) -> bool:
-        """Whether somebody is new among a process and what it started since this was asked last."""
-        members = map(processes.process_of, subtree.members(pid, self._cgroup, os.getpid()))
-        below = {(each.pid, each.start_ticks, each.comm, each.forked_only) for each in members}
-        has_news = not below <= self._below or (self._look is not None and self._look.is_to_be_repeated)
-        self._below = below
-        return has_news
+        """Whether somebody is new among a process and what it started since this was asked last.
+
+        Where the memcg has more than a thousand, among all of them: those not seen so far, and the others in turn.
+        """
+        pids = subtree.memcg_pids(self._cgroup)
+        if len(pids) <= _READ_AT_ONCE:
+            stats = subtree.members(pid, self._cgroup, os.getpid())
+            pids = [stat.pid for stat in stats]
+        else:
+            pids.sort(key=lambda pid: (pid in self._below, pid <= self._last_read_pid, pid))
+            stats = [stat for pid in pids[:_READ_AT_ONCE] if (stat := subtree.read_stat(pid))]
+            self._last_read_pid = stats[-1].pid if stats else 0
+        found = {
+            each.pid: (each.start_ticks, each.comm, each.forked_only) for each in map(processes.process_of, stats)
+        }
+        has_news = not found.items() <= self._below.items()
+        self._below = {pid: self._below[pid] for pid in pids if pid in self._below} | found
+        return has_news or (self._look is not None and self._look.is_to_be_repeated)
 
     @property
     def _is_led_to(self) -> bool:
@@ -264,4 +278,4 @@ class AgentProcess:
         self.pidfd = -1
         self.known = None
         self._patterns = {}
-        self._below = set()
+        self._below = {}

@@ -27,11 +27,12 @@ from pathlib import Path
 from governor.actions.processes import Process, anonymous_bytes, leader, read_process
 from governor.cgroup import figure
 from governor.model import Growth
-from governor.subtree import memcg_pids
+from governor.subtree import DEPTH_LIMIT, memcg_pids
 
 BUDGET_NS = 5_000_000
 BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this old, where there is one
 FLOOR_BYTES = 1 << 20  # less growth than this is noise of the kernel's counters
+SEEN_LIMIT = 1000  # processes that are followed: where there are more, the largest
 TIE_RATIO = 0.9  # of the largest growth: who reaches it is as likely the cause
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _STAT_BYTES = 8192  # memory.stat has half of that
@@ -133,6 +134,7 @@ class Attribution:
         self._looks.append((now_ns, ticks))
         self._first_ticks = ticks if self._first_ticks is None else self._first_ticks
         _forget_old(self._looks, now_ns)
+        self._forget_small()
         self._plant(listed)
 
     def growth(self, now_ns: int, charging_pid: int, budget_ns: int = BUDGET_NS) -> Growth:
@@ -223,9 +225,21 @@ class Attribution:
                 seen.tree = None
         self._lineage = set()
         pid = self._agent_pid
-        while pid in listed and pid not in self._lineage and (process := read_process(pid)):
+        while (
+            pid in listed
+            and pid not in self._lineage
+            and len(self._lineage) < DEPTH_LIMIT
+            and (process := read_process(pid))
+        ):
             self._lineage.add(pid)
             pid = process.parent_pid
+
+    def _forget_small(self) -> None:
+        """Keep the agent and the largest: whoever is forgotten and grows is seen again."""
+        if len(self._seen) > SEEN_LIMIT:
+            by_size = sorted(self._seen, key=lambda pid: (pid != self._agent_pid, -self._seen[pid].held_bytes))
+            for pid in by_size[SEEN_LIMIT:]:
+                del self._seen[pid]
 
     def _see_hidden(self, now_ns: int) -> None:
         try:
@@ -269,14 +283,19 @@ class Attribution:
         return deque([(before[-1], parent.held_bytes if parent and process.forked_only else 0)])
 
     def _plant(self, listed: set[int]) -> None:
-        """Give every process seen for the first time its tree, unless its parent was not reached yet."""
+        """Give every process seen for the first time its tree, unless its parent was not reached yet.
+
+        Where not all are followed, a parent may never be.
+        """
+        is_crowded = len(listed) > SEEN_LIMIT
         for seen in self._seen.values():
             way: list[_Seen] = []
             while seen.tree is None and seen.process.pid not in self._lineage and len(way) <= len(self._seen):
                 way.append(seen)
                 parent = self._seen.get(seen.parent_pid)
                 reused = parent is not None and parent.process.start_ticks > seen.process.start_ticks
-                if seen.parent_pid in self._lineage or seen.parent_pid not in listed or reused:
+                is_first = seen.parent_pid in self._lineage or seen.parent_pid not in listed or reused
+                if is_first or (parent is None and is_crowded):
                     seen.tree = _Tree(_key(seen.process), seen.parent_pid == self._agent_pid)
                 elif parent is None:
                     break

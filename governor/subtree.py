@@ -20,6 +20,7 @@ WRAPPERS = _SHELLS | {
     *("npm", "sudo", "su", "env", "timeout", "nohup", "script"),
 }
 _READ_BYTES = 65536
+DEPTH_LIMIT = 256
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of linux/proc_ns.h: the machine's
 
 
@@ -84,11 +85,13 @@ def shares_namespace(pid: int, kind: str) -> bool:
 
 
 def ancestors(pid: int) -> list[int]:
-    """A process and those that it descends from."""
-    chain = [pid]
-    while (stat := read_stat(chain[-1])) and stat.parent_pid not in (0, *chain):
-        chain.append(stat.parent_pid)
-    return chain
+    """A process and those that it descends from, the nearest 256: a container can make a chain of thousands."""
+    chain = {pid: None}
+    last = pid
+    while len(chain) < DEPTH_LIMIT and (stat := read_stat(last)) and stat.parent_pid and stat.parent_pid not in chain:
+        last = stat.parent_pid
+        chain[last] = None
+    return list(chain)
 
 
 def memcg_pids(path: str) -> list[int]:

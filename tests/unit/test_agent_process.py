@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,10 +36,12 @@ def wrapper(monkeypatch, tmp_path):
         process.wait()
 
 
+@pytest.mark.parametrize("at_once", [1000, 1], ids=["all are read", "in turn"])
 @pytest.mark.parametrize("script", [IN_PLACE, BESIDE], ids=["in place", "beside"])
 def test_an_agent_that_comes_late_takes_the_place_of_what_stood_in_for_it(
-    wrapper, tmp_path, monkeypatch, governor_is_elsewhere, script
+    wrapper, tmp_path, monkeypatch, governor_is_elsewhere, script, at_once
 ):
+    monkeypatch.setattr(agent_process, "_READ_AT_ONCE", at_once)
     shell = wrapper(script)
     listed = tmp_path / "cgroup.procs"
     listed.write_text(f"{shell.pid}\n")
@@ -129,3 +132,16 @@ def test_who_becomes_a_governor_run_only_stood_in_for_its_agent(tmp_path, govern
         run.stdin.close()
         run.stdout.close()
         run.wait()
+
+
+def test_of_a_crowd_all_are_read_in_turn(wrapper, tmp_path, monkeypatch):
+    monkeypatch.setattr(agent_process, "_READ_AT_ONCE", 2)
+    shells = [wrapper("read line; exec -a late sleep 60") for _ in range(5)]
+    pids = [shell.pid for shell in shells]
+    (tmp_path / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
+    agent = AgentProcess(str(tmp_path))
+    assert [agent._has_news(0) for _ in range(5)] == [True, True, True, False, False]
+    shells[4].stdin.write(b"go\n")
+    shells[4].stdin.flush()
+    wait_for(lambda: Path(f"/proc/{pids[4]}/comm").read_text() == "sleep\n")
+    assert any(agent._has_news(0) for _ in range(3))

@@ -297,3 +297,18 @@ def test_without_an_agent_it_is_who_leads(puppets, family):
 def test_a_memcg_that_is_gone_shows_nobody(tmp_path):
     grown = Attribution(str(tmp_path / "none"), 1).growth(0, 1)
     assert grown.culprit_pid == 0 and grown.members == ()
+
+
+@pytest.mark.usefixtures("governor_is_elsewhere")
+def test_of_more_than_can_be_followed_it_is_the_largest(puppets, family, monkeypatch):
+    monkeypatch.setattr(attribution, "SEEN_LIMIT", 2)
+    agent, tool, compiler, looked = family
+    puppets.tell(compiler, "grow", 40)  # its parent is forgotten
+    looked.look(SECOND // 2, SECOND)
+    assert {one.pid for one in looked.held()} == {agent, compiler}
+    later = puppets.tell(tool, "spawn")
+    puppets.hold(agent, tool, compiler, later)
+    puppets.tell(later, "grow", 80)
+    grown = looked.growth(2 * SECOND, later, SECOND)
+    assert {one.pid for one in looked.held()} == {agent, later}
+    assert grown.culprit_pid == later and 70 * MIB < grown.grown_bytes < 110 * MIB

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from governor import subtree
 from governor.actions import processes
 
 # Makes a chain of processes, each the child of the one before, and says their pids.
@@ -178,3 +179,29 @@ def test_by_name_only_its_own_die_or_all_of_a_memcg_that_is_governors(chains):
     chains.hold(theirs)
     assert [each.pid for each in processes.kill_named(str(chains.path), ("x", name), None)] == [theirs]
     assert dies(theirs) and lives(other)
+
+
+@pytest.mark.usefixtures("governor_is_elsewhere")
+def test_many_die_a_few_at_a_time(chains, monkeypatch):
+    monkeypatch.setattr(processes, "_BATCH", 2)
+    pids = chains.start(5)
+    chains.hold(*pids)
+    hit = processes.kill_tree(chains.path, pids[0], start_of(pids[0]), ())
+    assert {each.pid for each in hit} == set(pids)
+    assert all(dies(pid) for pid in pids)
+
+
+def test_who_leads_is_looked_for_among_the_first(chains, monkeypatch):
+    monkeypatch.setattr(processes, "_LED_AMONG", 2)
+    first, inner = chains.start(2)
+    (later,) = chains.start(1)
+    chains.hold(inner, first, later)
+    assert processes.leader(chains.path).pid == first
+    chains.hold(inner, later, first)  # whoever has a parent in there leads nothing, read or not
+    assert processes.leader(chains.path).pid == later
+
+
+def test_of_a_long_chain_the_nearest_are_known(chains, monkeypatch):
+    monkeypatch.setattr(subtree, "DEPTH_LIMIT", 3)
+    pids = chains.start(5)
+    assert subtree.ancestors(pids[-1]) == pids[:1:-1]
