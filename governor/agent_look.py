@@ -49,6 +49,11 @@ class AgentLook:
         return self._answers.pop()
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether a child looks for the agent now."""
+        return self.is_open and not self._answers
+
+    @property
     def is_to_be_repeated(self) -> bool:
         """Whether the last one was over its deadline, a while ago."""
         return self._failures > 0 and not self._is_in_vain

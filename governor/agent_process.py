@@ -65,7 +65,7 @@ class AgentProcess:
 
     def find(self) -> bool:
         """Look for it unless it is known; True when it was found just now."""
-        if self.pidfd >= 0:
+        if self.pidfd >= 0 or (self._look and self._look.is_waiting):
             return False
         pid = self._wanted_pid if self._only_wanted else self._wanted_pid or self._leading_pid()
         if not pid:

@@ -116,7 +116,7 @@ class Attribution:
         listed = set(pids)
         for pid in self._seen.keys() - listed:
             del self._seen[pid]
-        self._find_agent(listed)
+        self._find_agent(listed, pids)
         self._see_hidden(now_ns)
         begin = bisect_right(pids, self._resume_pid)
         urgent = [pid for pid in (self._agent_pid, *first) if pid in listed]
@@ -217,10 +217,10 @@ class Attribution:
             tuple(_key(seen.process) for seen in culprit.members),
         )
 
-    def _find_agent(self, listed: set[int]) -> None:
+    def _find_agent(self, listed: set[int], pids: list[int]) -> None:
         """Keep to the agent; where it was not given and is gone, whoever leads the memcg now."""
         if not self._given_pid and self._agent_pid not in listed:
-            self._agent_pid = getattr(leader(self._path), "pid", 0) if listed else 0
+            self._agent_pid = getattr(leader(self._path, pids), "pid", 0) if listed else 0
             for seen in self._seen.values():
                 seen.tree = None
         self._lineage = set()

@@ -17,7 +17,7 @@ from governor.subtree import Stat, ancestors, is_wrapper, memcg_pids, read_stat
 BURSTING_RATIO = 0.05  # of max: a process beside the agent that holds more is killed with tier 3
 _KILL_ROUNDS = 8
 _BATCH = 512  # of pidfds that are open at once
-_LED_AMONG = 1000  # processes of a memcg, those listed first: on cgroup v2 those that entered it first
+_LED_AMONG = 200  # processes of a memcg, those listed first, and what one of them descends from
 _PIDFD_SIGNAL_THREAD = 1  # linux/pidfd.h
 _LIBC = ctypes.CDLL(None)
 _PF_FORKNOEXEC = 0x40  # linux/sched.h
@@ -84,13 +84,19 @@ def processes(path: str) -> list[Process]:
 GUARD_COMM = "governor-guard"  # which `governor run` starts beside the agent
 
 
-def leader(path: str) -> Process | None:
-    """The process that the memcg was made for: the oldest whose parent is outside, or what it merely wraps."""
-    listed = memcg_pids(path)
+def leader(path: str, listed: list[int] | None = None) -> Process | None:
+    """The process that the memcg was made for: the oldest whose parent is outside, or what it merely wraps.
+
+    `listed`: the memcg's pids, where they are known.
+    """
+    listed = memcg_pids(path) if listed is None else listed
     read = [process for pid in listed[:_LED_AMONG] if (process := read_process(pid))]
     found = [process for process in read if process.rss_bytes]  # without those that ended
     pids = {*listed[_LED_AMONG:], *(process.pid for process in found)}
     tops = [process for process in found if process.parent_pid not in pids]
+    if found and not tops:
+        above = [pid for pid in ancestors(found[0].pid) if pid in pids]
+        tops = [process for pid in above[-1:] if (process := read_process(pid))]
     top = min(tops, key=lambda process: (process.start_ticks, process.pid), default=None)
     while top and is_wrapper(top.pid, top.comm):
         inner = [process for process in found if process.parent_pid == top.pid and process.comm != GUARD_COMM]

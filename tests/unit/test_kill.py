@@ -199,6 +199,8 @@ def test_who_leads_is_looked_for_among_the_first(chains, monkeypatch):
     assert processes.leader(chains.path).pid == first
     chains.hold(inner, later, first)  # whoever has a parent in there leads nothing, read or not
     assert processes.leader(chains.path).pid == later
+    monkeypatch.setattr(processes, "_LED_AMONG", 1)
+    assert processes.leader(chains.path).pid == first
 
 
 def test_of_a_long_chain_the_nearest_are_known(chains, monkeypatch):
