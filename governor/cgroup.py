@@ -142,8 +142,8 @@ class Memcg:
 
     @property
     def own_path(self) -> str:
-        """A path, in this process until close(), of the memcg that was opened, whatever has `path` by now."""
-        return f"/proc/self/fd/{self.directory_fd}"
+        """A path, until close(), of the memcg that was opened, whatever has `path` by now; for children as well."""
+        return f"/proc/{os.getpid()}/fd/{self.directory_fd}"
 
     def open(self, name: str, flags: int) -> int:
         """Open a file of the memcg; raises OSError."""
