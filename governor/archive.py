@@ -48,7 +48,8 @@ __all__ = [
 _PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
 _FILE_LIMIT_BYTES = 512 << 20
-_SPARED_RATIO, _SPARED_BYTES = 0.05, 4 << 30  # of a file system, whichever is less, stays free
+_SPARED_RATIO, _SPARED_BYTES = 0.05, 4 << 30  # of a file system, whichever is less, stays free ...
+_SMALL_PARTS = 16  # ... but for an archive that takes no more than such a part of what is free
 _FULL = "less than 5 % or 4 GiB of the file system would be left free"
 _FILES_LIMIT = 10_000  # of an archive; as many are named as skipped
 _NAMES_LIMIT_BYTES = 2 << 20  # of either, escaped, as a manifest has them
@@ -74,6 +75,7 @@ class _Contents:
     skipped: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
     complete: bool = True
+    taken_bytes: int = 0
     names_bytes: int = 0
     skipped_bytes: int = 0
     is_short_of_room: bool = False
@@ -81,8 +83,10 @@ class _Contents:
     def check_room(self, size_bytes: int) -> str:
         """Why the file system has no room for so much, "" if it has; raises OSError where there is another place."""
         found = os.statvfs(self.place)
+        free_bytes = found.f_bavail * found.f_frsize
         spared_bytes = min(found.f_blocks * found.f_frsize * _SPARED_RATIO, _SPARED_BYTES)
-        if size_bytes <= found.f_bavail * found.f_frsize - spared_bytes:
+        is_small = self.taken_bytes + size_bytes <= free_bytes // _SMALL_PARTS
+        if is_small or size_bytes <= free_bytes - spared_bytes:
             return ""
         self.is_short_of_room = True
         if not self.may_lack:
@@ -98,6 +102,7 @@ class _Contents:
     def add(self, entry: Entry) -> None:
         self.names_bytes += len(ascii(entry.path))
         self.left_bytes -= entry.size_bytes
+        self.taken_bytes += entry.size_bytes
         self.entries.append(entry)
 
     def skip(self, path: str, why: str) -> None:

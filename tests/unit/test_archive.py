@@ -328,6 +328,16 @@ def test_a_file_system_is_never_filled_up(tmp_path, home, small_disk):
     assert {path.name for path in small_disk.iterdir()} == {"taken", made.name}
 
 
+def test_a_small_session_is_saved_however_full_the_file_system_is(home, small_disk):
+    (small_disk / "more").write_bytes(b"x" * (3700 << 10))  # 396 KiB are left, less than 5 %
+    patterns = [parse_pattern("~/a.jsonl", str(home))]
+    made = archive.write(small_disk, patterns, "a test", "t", {}, 1 << 30)
+    assert made.complete and archive.verify(small_disk, made.name) == made and len(made.files) == 1
+    (home / "large.jsonl").write_bytes(os.urandom(40 << 10))
+    with pytest.raises(archive.ArchiveError, match="less than 5 %"):
+        archive.write(small_disk, [parse_pattern("~/large.jsonl", str(home))], "a test", "t", {}, 1 << 30)
+
+
 def test_an_unfinished_archive_is_not_listed(tmp_path, home):
     where, manifest = write(tmp_path, home)
     (where / ".building-x").mkdir()
