@@ -18,7 +18,8 @@ from governor.standing import Standing
 from governor.tally import Tally
 
 MIB, MS = 1 << 20, 1_000_000
-ALERTS = Path(__file__).parent.parent.parent / "scripts" / "k8s" / "alerts.yaml"
+ROOT = Path(__file__).parent.parent.parent
+ALERTS, README = ROOT / "scripts" / "k8s" / "alerts.yaml", ROOT / "README.md"
 HOSTILE = [
     '"} 1\ngovernor_container_phase{namespace="x"} 3',
     "\x1b]0;owned\x07\x1b[2J",
@@ -175,6 +176,13 @@ def test_thousands_of_targets_are_a_bounded_text_and_not_slow():
 def exported_names():
     one = standing()
     return {name for name, *_ in scraped(adopted([one]), [one])}
+
+
+def test_every_metric_is_in_the_readme_and_no_other():
+    one = standing()
+    exported = {re.sub("_(bucket|count|sum|created)$", "", name) for name, *_ in scraped(adopted([one]), [one])}
+    exported = {name for name in exported if name.startswith("governor_")}
+    assert set(re.findall(r"^\| `(governor_\w+)`", README.read_text(), re.MULTILINE)) == exported
 
 
 def test_every_metric_of_the_alert_rules_is_exported():
