@@ -84,6 +84,8 @@ class _Contents:
         """Why the file system has no room for so much, "" if it has; raises OSError where there is another place."""
         found = os.statvfs(self.place)
         free_bytes = found.f_bavail * found.f_frsize
+        if not found.f_blocks:
+            return ""  # without a limit, as a tmpfs of size=0
         spared_bytes = min(found.f_blocks * found.f_frsize * _SPARED_RATIO, _SPARED_BYTES)
         is_small = self.taken_bytes + size_bytes <= free_bytes // _SMALL_PARTS
         if is_small or size_bytes <= free_bytes - spared_bytes:
@@ -165,26 +167,42 @@ def write(
     `exclude` are globs as in session_files.find. With `since`, a full archive in the same directory, only what is new
     or has changed goes in; where nothing has, no archive is made and `since` itself is returned. Where that archive
     is elsewhere, everything goes in. Where `directory` cannot be written, or would be filled up, the `fallbacks` are
-    tried in order; then `facts["fallback"]` holds the directory and what was wrong with those before. In the last of
-    them, what would fill it up is left out. `matches` finds the files where `patterns` are not to be looked for here.
+    tried in order; then `facts["fallback"]` holds the directory and what was wrong with the others. Where none has
+    room for all, what would fill it up is left out where most is free. `matches` finds the files where `patterns` are
+    not to be looked for here.
     """
     if since and since.base:
         raise ValueError(f"{since.name} is a delta itself: a delta needs a full archive")
     found = matches or (lambda: find(patterns, exclude))
     refused: dict[str, str] = {}
     places = [directory, *(fallbacks or [])]
-    for place in places:
-        told = {"fallback": {"directory": str(place), "refused": dict(refused)}} if refused else {}
+
+    def attempt(place: Path, may_lack: bool) -> Manifest | None:
+        others = {name: why for name, why in refused.items() if name != str(place)}
+        told = {"fallback": {"directory": str(place), "refused": others}} if others else {}
         try:
             base = since if since and (place / since.name / MANIFEST_NAME).is_file() else None
             manifest = _new_manifest(reason, target, facts | told, base)
-            return _write_to(place, found, manifest, limit_bytes, base, may_lack=place == places[-1])
+            return _write_to(place, found, manifest, limit_bytes, base, may_lack)
         except OSError as error:
             refused[str(place)] = error.strerror or str(error)
+            return None
+
+    for place in places:
+        if made := attempt(place, may_lack=False):
+            return made
+    tight = [place for place in places if refused[str(place)] == _FULL]
+    if tight and (made := attempt(max(tight, key=_free_bytes), may_lack=True)):
+        return made
     causes = "; ".join(f"{place}: {why}" for place, why in refused.items())
     raise ArchiveError(
         f"cannot write an archive to {causes}; free space there or choose another directory with --archive-dir"
     )
+
+
+def _free_bytes(place: Path) -> int:
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
 
 
 def _new_manifest(reason: str, target: str, facts: dict[str, Any], base: Manifest | None) -> Manifest:

@@ -32,7 +32,7 @@ from governor.subtree import DEPTH_LIMIT, memcg_pids
 BUDGET_NS = 5_000_000
 BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this old, where there is one
 FLOOR_BYTES = 1 << 20  # less growth than this is noise of the kernel's counters
-SEEN_LIMIT = 1000  # processes that are followed: where there are more, the largest
+SEEN_LIMIT = 10_000  # processes that are followed: where there are more, those seen first and who is charged
 TIE_RATIO = 0.9  # of the largest growth: who reaches it is as likely the cause
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _STAT_BYTES = 8192  # memory.stat has half of that
@@ -126,15 +126,16 @@ class Attribution:
                 continue
             if number > len(urgent) and time.monotonic_ns() >= until_ns:
                 break  # not before one of the others: else nobody but the urgent ones would ever be seen
-            self._see(pid, now_ns)
-            done.add(pid)
             if number >= len(urgent):
                 self._resume_pid = pid
+                if pid not in self._seen and len(self._seen) >= SEEN_LIMIT:
+                    continue
+            self._see(pid, now_ns)
+            done.add(pid)
         self._known_ratio = len(done) / len(listed) if listed else 1.0
         self._looks.append((now_ns, ticks))
         self._first_ticks = ticks if self._first_ticks is None else self._first_ticks
         _forget_old(self._looks, now_ns)
-        self._forget_small()
         self._plant(listed)
 
     def growth(self, now_ns: int, charging_pid: int, budget_ns: int = BUDGET_NS) -> Growth:
@@ -234,13 +235,6 @@ class Attribution:
             self._lineage.add(pid)
             pid = process.parent_pid
 
-    def _forget_small(self) -> None:
-        """Keep the agent and the largest: whoever is forgotten and grows is seen again."""
-        if len(self._seen) > SEEN_LIMIT:
-            by_size = sorted(self._seen, key=lambda pid: (pid != self._agent_pid, -self._seen[pid].held_bytes))
-            for pid in by_size[SEEN_LIMIT:]:
-                del self._seen[pid]
-
     def _see_hidden(self, now_ns: int) -> None:
         try:
             fd = os.open(f"{self._path}/memory.stat", os.O_RDONLY | os.O_CLOEXEC)  # a third of what pathlib takes
@@ -287,7 +281,7 @@ class Attribution:
 
         Where not all are followed, a parent may never be.
         """
-        is_crowded = len(listed) > SEEN_LIMIT
+        is_crowded = len(self._seen) >= SEEN_LIMIT
         for seen in self._seen.values():
             way: list[_Seen] = []
             while seen.tree is None and seen.process.pid not in self._lineage and len(way) <= len(self._seen):

@@ -204,7 +204,9 @@ class Executor:
             lambda killed: self._was_shed(killed, state),
         )
 
-    def _was_shed(self, killed: _Killed, state: model.State) -> None:
+    def _was_shed(self, killed: _Killed | None, state: model.State) -> None:
+        if killed is None:
+            return  # what memory does shows whether it helped
         self.note(
             "shed",
             f"SIGKILL to {killed if killed.number else 'nobody: it had ended'}",
@@ -232,12 +234,13 @@ class Executor:
             within_reach = (process for process in self._within_reach(own_pid) if process.pid not in spared)
             return processes.kill_bursting(within_reach, agent[0], max_bytes)
 
-        def then(killed: _Killed) -> None:
-            if killed.number:
+        def then(killed: _Killed | None) -> None:
+            if killed and killed.number:
                 self.note("killed", f"SIGKILL to {killed}")
             if self.agent.identity == agent:  # it may have ended meanwhile
                 self._ask_to_end(reason)
 
+        self.order_resume(reason)
         self._kill(kill, then)
 
     def _ask_to_end(self, reason: str) -> None:
@@ -256,7 +259,6 @@ class Executor:
             lambda: fork(tell, deadline_ns, "the termination log", keep=door.fds if door else ()),
             self._termination_log_ended,
         )
-        self.order_resume(reason)
         sent = self.agent.ask_to_end()
         if not sent and self.resume_path:
             resume.withdraw(self.resume_path)
@@ -289,9 +291,9 @@ class Executor:
             self.note("not_resumed", f"the agent will not be resumed: {error}")
 
     def _kill(
-        self, kill: Callable[[], Iterable[processes.Process]], then: Callable[[_Killed], None] = lambda _: None
+        self, kill: Callable[[], Iterable[processes.Process]], then: Callable[[_Killed | None], None] = lambda _: None
     ) -> None:
-        """`then` hears who was hit, at once where few can be; else a child does it, which may take a second.
+        """`then` hears who was hit, None if that is not known; at once where few can be, else a child takes its time.
 
         Not so where governor is among them: a child would not know whom of its own to spare, and nobody else waits.
         """
@@ -303,11 +305,16 @@ class Executor:
         def ended(how: Ended) -> None:
             if not how.ok:
                 self.note("fault", f"not all were killed: {how.why}")
-            then(_Killed(*orjson.loads(how.output)) if how.ok else _Killed(0, []))
+            then(_Killed(*orjson.loads(how.output)) if how.ok else None)
 
         deadline_ns = time.monotonic_ns() + _KILL_NS
         work = lambda: orjson.dumps(tuple(_Killed.of(kill())))  # noqa: E731
-        self.children.attempt(lambda: fork(work, deadline_ns, f"SIGKILL among {len(pids)} processes"), ended)
+        try:
+            child = fork(work, deadline_ns, f"SIGKILL among {len(pids)} processes")
+        except OSError:  # no pid or memory for it, which may be what they took
+            then(_Killed.of(kill()))
+        else:
+            self.children.start(child, ended)
 
     def _within_reach(self, own_pid: int) -> list[processes.Process]:
         """The whole memcg; where governor may not freeze that, the agent's own processes."""
@@ -347,8 +354,8 @@ class Executor:
         if names:
             self._kill(lambda: processes.kill_named(self.cgroup, names, own), self._were_swept)
 
-    def _were_swept(self, killed: _Killed) -> None:
-        if killed.number:
+    def _were_swept(self, killed: _Killed | None) -> None:
+        if killed and killed.number:
             self.note("killed", f"SIGKILL to {killed}, which outlived the agent")
 
     def archive_the_end(self, state: model.State, killed_by: str) -> None:

@@ -193,17 +193,17 @@ def rule(before: Phase, event: Event, after: Phase, instructions: tuple[Instruct
 def resumed(state: State, same_agent: bool, now_ns: int) -> State:
     """What an earlier governor left, taken up again: it may have died in the middle of anything.
 
-    What was held is on probation (whoever survived has thawed it). A delivery that was under way may have reached the
-    agent: it counts as delivered, so that it is not made twice; one that was only queued or deferred has failed, and
-    so has a recycle, unless its agent is gone: then it goes on. The grace of an agent that was told to end goes on if
-    it is still the same; if it was not told yet, that is decided anew.
+    What was held is on probation (whoever survived has thawed it), unless its agent is gone. A delivery that was
+    under way may have reached the agent: it counts as delivered, so that it is not made twice; one that was only
+    queued or deferred has failed, and so has a recycle, unless its agent is gone: then it goes on. The grace of an
+    agent that was told to end goes on if it is still the same; if it was not told yet, that is decided anew.
     """
     state = replace(state, veto_from_ns=None, veto_for_ns=0)  # what still holds is heard again
     recycle = replace(state.recycle, reachable=False)
     if same_agent or recycle.status is not Status.RESTARTING:
         recycle = tiers.lost(recycle)
     state = replace(state, recycle=recycle)
-    if state.phase is Phase.TERMINATING and not same_agent:
+    if not same_agent and state.phase is not Phase.WATCHING:  # it was about another one
         return ladder_state.agent_ended(state)
     state = ladder_state.disturbed(state)
     unreachable = [replace(tier, reachable=False) for tier in (state.compact, state.clear)]  # nobody is there yet

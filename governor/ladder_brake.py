@@ -74,12 +74,12 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
 def _together(before: Growth | None, now: Growth | None, enough_bytes: int) -> Growth | None:
     """Growth up to the last brake and since: between two brakes a frozen or throttled tool grows little.
 
-    Since then alone, where another tool has grown by `enough_bytes`.
+    Since then alone, where another tool was charged and all of them have grown by `enough_bytes`.
     """
     if before is None or now is None or not before.culprit_pid:
         return now
     is_same = (now.culprit_pid, now.culprit_start_ticks) == (before.culprit_pid, before.culprit_start_ticks)
-    if now.culprit_pid and not is_same and now.grown_bytes >= enough_bytes:
+    if now.culprit_pid and not is_same and now.others_grown_bytes >= enough_bytes:
         return now
     return replace(
         now if is_same else before,
@@ -170,7 +170,8 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
     recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
     room = _has_room(_given_back(held, memory) if fell else held, policy, again=state.must_terminate)
-    if recovered or (room and (fell or not state.must_terminate)):
+    # Where nobody is held, memory falls and rises by itself.
+    if recovered or (room and (not state.must_terminate or (fell and policy.brakes))):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
     if not state.shed_tried and not is_vetoed(state, now_ns) and (shed := _shed(held, policy)):
         return replace(state, shed_ns=now_ns, shed_tried=True), (shed,)

@@ -307,10 +307,13 @@ class Loop:
         last = {said.slot: said for said in heard if isinstance(said, link.Braked)}
         for said in heard:
             target = self.targets.get(said.slot) if isinstance(said, link.Braked) else None
-            if target and isinstance(said, link.Braked) and said is not last[said.slot]:
-                target.reports.braked_before(said)
-            else:
-                self._on_reflex(said)
+            try:
+                if target and isinstance(said, link.Braked) and said is not last[said.slot]:
+                    target.reports.braked_before(said)
+                else:
+                    self._on_reflex(said)
+            except Exception as error:  # noqa: BLE001  of one target: the others are told of theirs
+                self._fault(error, self.note)
         then()
 
     def _on_reflex(self, said: link.FromReflex) -> None:

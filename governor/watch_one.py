@@ -65,6 +65,7 @@ class One:
         self._attribution = Attribution(target.path)
         self._agent_pid = self._looked_ns = 0
         self._victims: list[int] = []
+        self._kills = 0  # of whose victims BPF has not told yet
         self._untold: deque[Entry] = deque(maxlen=_UNTOLD)  # crossings seen that a governor is yet to tell of
         self._told_last: tuple[str, bool] | None = None  # by a governor: level, and whether rising
         # Whose limits may kill here; 0: the machine's.
@@ -154,6 +155,7 @@ class One:
             self.due_ns = now_ns + INTERVAL_NS
             if not self.model.gone:
                 self._close_kernel()  # its descriptors would be ready for ever
+                self._tell_kills()
                 self._say(Entry(time.time(), "gone", "the memcg is gone"))
             self.model.see(None)
             return
@@ -184,9 +186,14 @@ class One:
         return self._attribution.held()
 
     def _find_victims(self, before: Any, after: Any) -> None:
-        kills = after.get("oom_kill", 0) - before.get("oom_kill", 0)
-        victims, self._victims = self._victims, []
-        if kills > 0:
+        has_waited = self._kills > 0
+        self._kills += after.get("oom_kill", 0) - before.get("oom_kill", 0)
+        if self._victims or has_waited or not self._bpf:  # the kernel counts a kill before BPF hears whose it is
+            self._tell_kills()
+
+    def _tell_kills(self) -> None:
+        if kills := self._kills:
+            victims, self._victims, self._kills = self._victims, [], 0
             pids = f": {', '.join(f'process {pid}' for pid in victims)}" if victims else ""
             text = f"the kernel's OOM killer: {kills} process{'es' * (kills > 1)} killed here{pids}"
             self._say(Entry(time.time(), "oom_kill", text, {"pids": victims, "kills": kills}))

@@ -328,6 +328,36 @@ def test_a_file_system_is_never_filled_up(tmp_path, home, small_disk):
     assert {path.name for path in small_disk.iterdir()} == {"taken", made.name}
 
 
+def test_where_no_place_has_room_for_all_the_roomiest_takes_what_fits(tmp_path, home, small_disk):
+    for name in ("x1.jsonl", "x2.jsonl"):
+        (home / name).write_bytes(os.urandom(3 << 20))
+    tighter = tmp_path / "tighter"
+    tighter.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tighter], check=True)
+    try:
+        patterns = [parse_pattern("~/**/*.jsonl", str(home))]
+        made = archive.write(small_disk, patterns, "a test", "t", {}, 1 << 30, fallbacks=[tighter])
+        assert list(made.facts["fallback"]["refused"]) == [str(tighter)] and list(made.skipped) == [
+            f"{home}/x2.jsonl"
+        ]
+        assert archive.verify(small_disk, made.name) == made and not list(tighter.iterdir())
+    finally:
+        subprocess.run(["umount", tighter], check=True)
+
+
+def test_a_file_system_without_a_limit_has_room(tmp_path, home):
+    (tmp_path / "endless").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=0", "none", tmp_path / "endless"]).returncode:
+        pytest.skip("mounts nothing here")
+    try:
+        made = archive.write(
+            tmp_path / "endless", [parse_pattern("~/a.jsonl", str(home))], "a test", "t", {}, 1 << 30
+        )
+        assert made.complete and len(made.files) == 1
+    finally:
+        subprocess.run(["umount", tmp_path / "endless"], check=True)
+
+
 def test_a_small_session_is_saved_however_full_the_file_system_is(home, small_disk):
     (small_disk / "more").write_bytes(b"x" * (3700 << 10))  # 396 KiB are left, less than 5 %
     patterns = [parse_pattern("~/a.jsonl", str(home))]

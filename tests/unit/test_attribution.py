@@ -300,15 +300,16 @@ def test_a_memcg_that_is_gone_shows_nobody(tmp_path):
 
 
 @pytest.mark.usefixtures("governor_is_elsewhere")
-def test_of_more_than_can_be_followed_it_is_the_largest(puppets, family, monkeypatch):
-    monkeypatch.setattr(attribution, "SEEN_LIMIT", 2)
+def test_of_more_than_can_be_followed_it_is_the_first_and_who_is_charged(puppets, family, monkeypatch):
+    monkeypatch.setattr(attribution, "SEEN_LIMIT", 3)
     agent, tool, compiler, looked = family
-    puppets.tell(compiler, "grow", 40)  # its parent is forgotten
     looked.look(SECOND // 2, SECOND)
-    assert {one.pid for one in looked.held()} == {agent, compiler}
-    later = puppets.tell(tool, "spawn")
-    puppets.hold(agent, tool, compiler, later)
+    calm, later = puppets.tell(tool, "spawn"), puppets.tell(tool, "spawn")
+    puppets.hold(agent, tool, compiler, calm, later)
+    looked.look(SECOND, SECOND)
+    assert {one.pid for one in looked.held()} == {agent, tool, compiler}
     puppets.tell(later, "grow", 80)
     grown = looked.growth(2 * SECOND, later, SECOND)
-    assert {one.pid for one in looked.held()} == {agent, later}
-    assert grown.culprit_pid == later and 70 * MIB < grown.grown_bytes < 110 * MIB
+    assert {one.pid for one in looked.held()} == {agent, tool, compiler, later}
+    assert grown.culprit_pid == tool and 70 * MIB < grown.grown_bytes < 110 * MIB
+    assert later in [pid for pid, _ in grown.members]

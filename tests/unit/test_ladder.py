@@ -151,6 +151,20 @@ def test_what_is_given_back_was_no_growth_however_fast_it_came(given_back_mib, p
     assert run.state.phase is phase
 
 
+def test_where_nobody_is_held_memory_that_fell_a_little_is_no_room():
+    run = Run(replace(POLICY, brake=Brake(enabled=False))).at(0.925, 30)
+    assert run.state.phase is Phase.HELD
+    assert run.then(Archived(True, memory(0.924))).state.phase is Phase.TERMINATING
+
+
+@pytest.mark.parametrize("phase", [Phase.HELD, Phase.PROBATION])
+def test_what_an_agent_was_held_for_is_nothing_to_the_next_in_its_place(phase):
+    left = replace(Run().then(braked(0.95, 10)).state, phase=phase, probation_ns=1)
+    assert ladder.resumed(left, True, SECOND).phase is Phase.PROBATION
+    anew = ladder.resumed(left, False, SECOND)
+    assert anew.phase is Phase.WATCHING and anew.held is None
+
+
 def test_a_loan_that_ends_before_its_archive_is_followed_by_one_more_brake_only():
     run = Run().then(braked(0.91, 10), Thawed(), braked(0.94, 0))
     assert run.names()[-3:] == ["Archive", "Prolong", "Warn"]

@@ -14,6 +14,7 @@ from governor import link, policy_file, profile_file, profile_state
 from governor.actions import processes
 from governor.agent_process import AgentProcess
 from governor.cgroup import MemoryState
+from governor.children import fork
 from governor.executor import Executor
 from governor.guard import Guard, with_profile
 from governor.loop import Loop
@@ -270,9 +271,16 @@ def test_in_a_dry_run_nothing_follows_an_oom_kill(running, monkeypatch):
     assert done == ["sweep", "archive"]
 
 
-@pytest.mark.parametrize("killed_here", [500, 0], ids=["here", "in a child"])
-def test_who_bursts_beside_the_agent_is_killed_before_it_is_told_to_end(running, monkeypatch, killed_here):
+def no_child(*_, **__):
+    raise BlockingIOError
+
+
+@pytest.mark.parametrize(
+    ("killed_here", "fork"), [(500, fork), (0, fork), (0, no_child)], ids=["here", "in a child", "without one"]
+)
+def test_who_bursts_beside_the_agent_is_killed_before_it_is_told_to_end(running, monkeypatch, killed_here, fork):
     monkeypatch.setattr("governor.executor._KILLED_HERE", killed_here)
+    monkeypatch.setattr("governor.executor.fork", fork)
     code = "b = bytearray(b'x' * (20 << 20)); print(flush=True); import time; time.sleep(600)"
     agent, burst = (subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2))
     try:
