@@ -1,8 +1,9 @@
-"""Archives of session files: written as a stream, and removed again when there are enough newer ones.
+"""Archives of session files, written as a stream.
 
 An archive is a directory (mode 0700) `<UTC time>-<target>-<4 hex digits>` with `session.tar.zst` and
 `manifest.json`. It is written under a hidden name, synced, and renamed, so what has its final name is complete.
-`manifest.py` says what the manifest holds, `restore.py` reads archives back; what callers need of both is here too.
+`manifest.py` says what the manifest holds, `restore.py` reads archives back, what callers need of both is here too;
+`retention.py` removes them when there are enough newer ones.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from governor.cgroup import ROOT
 from governor.journal import encode
 from governor.manifest import MANIFEST_NAME, TAR_NAME, ArchiveError, Entry, Manifest, names, read_manifest
-from governor.pods import place_of
 from governor.restore import restore, verify
 from governor.session_files import CREDENTIALS, Found, Pattern, find
 
@@ -38,14 +37,12 @@ __all__ = [
     "Entry",
     "Manifest",
     "names",
-    "prune",
     "read_manifest",
     "restore",
     "verify",
     "write",
 ]
 
-_PARTS = {TAR_NAME, MANIFEST_NAME}
 _CHUNK_BYTES = 1 << 20
 _FILE_LIMIT_BYTES = 512 << 20
 _SPARED_RATIO, _SPARED_BYTES = 0.05, 4 << 30  # of a file system, whichever is less, stays free ...
@@ -58,7 +55,6 @@ _NEWEST_NAMES_BYTES = 1 << 20
 _NEWEST_S = 5.0  # to add them, beyond the deadline
 _DEADLINE_S = 20.0  # then the archive is closed with what it has
 _ABANDONED_S = 3600.0
-_GONE_LIMIT = 1000  # archives of containers that are gone: all manifests are read for each new archive
 _FRESH_NS = 20_000_000  # of a time stamp: the kernel's own steps are up to 10 ms
 _TOO_MANY = f"one of more than {_FILES_LIMIT} files or {_NAMES_LIMIT_BYTES >> 20} MiB of names"
 _LEVEL = 1  # of zstd: the target is frozen meanwhile
@@ -395,86 +391,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@dataclass(frozen=True, slots=True)
-class _Own:
-    """An archive that is governor's to remove, without the names of its files: of those there are many."""
-
-    name: str
-    base: str
-    target: str
-    size_bytes: int  # on the disk
-
-
-def prune(directory: Path, target: str, keep_count: int, keep_bytes: int, spare: str = "") -> list[str]:
-    """Remove archives of a target, and of containers that are gone, of which there are enough; the names removed.
-
-    Nothing is touched but complete archives, as governor writes them; one that cannot be removed stays. `spare` has
-    just been made: it and its base are not counted among those of containers that are gone.
-    """
-    found = [own for name in names(directory) if (own := _own(directory, name))]
-    of_target = [own for own in found if own.target == target]
-    removed = [name for name in _surplus(of_target, keep_count, keep_bytes) if _remove(directory, name)]
-    spared = {*removed, spare, *(own.base for own in found if own.name == spare)}
-    of_gone = _surplus_of_gone([own for own in found if own.name not in spared], keep_bytes)
-    return removed + [name for name in of_gone if _remove(directory, name)]
-
-
-def _surplus(found: list[_Own], keep_count: int, keep_bytes: int) -> list[str]:
-    """The oldest of one target, until no more than so many, with so many bytes, are left; their names, oldest first.
-
-    The newest stays, and so does the base of every delta that stays.
-    """
-    keep: set[str] = set()
-    kept_bytes = 0
-    for number, own in enumerate(reversed(found)):
-        kept_bytes += own.size_bytes
-        if number and (number >= keep_count or kept_bytes > keep_bytes):
-            break
-        keep |= {own.name, own.base}
-    return [own.name for own in found if own.name not in keep]
-
-
-def _surplus_of_gone(found: list[_Own], keep_bytes: int) -> list[str]:
-    """Archives of containers that are gone, until no more than so many bytes of such are left; their names.
-
-    A container that is started again is another target, so _surplus() alone would let them grow for ever. First go
-    the oldest of the pod that has most, with what is based on them: nobody's containers push out those of others.
-    """
-    by_pod: dict[str, list[_Own]] = {}
-    for own in found:
-        if (place := place_of(own.target.removeprefix(ROOT))) and not Path(own.target).exists():
-            by_pod.setdefault(place.pod_uid, []).append(own)
-    surplus: list[str] = []
-    while (left := [own.size_bytes for of_pod in by_pod.values() for own in of_pod]) and (
-        sum(left) > keep_bytes or len(left) > _GONE_LIMIT
-    ):
-        most = max(by_pod.values(), key=lambda of_pod: sum(own.size_bytes for own in of_pod))
-        oldest = most[0].name
-        surplus += [own.name for own in most if oldest in (own.name, own.base)]
-        most[:] = [own for own in most if own.name not in surplus]
-    return surplus
-
-
-def _own(directory: Path, name: str) -> _Own | None:
-    """None: somebody else's, or damaged."""
-    path = directory / name
-    try:
-        parts = list(path.iterdir())
-        if path.is_symlink() or {part.name for part in parts} != _PARTS:
-            return None
-        manifest = read_manifest(directory, name)
-        return _Own(manifest.name, manifest.base, manifest.target, sum(part.lstat().st_size for part in parts))
-    except (OSError, ArchiveError):
-        return None
-
-
-def _remove(directory: Path, name: str) -> bool:
-    removing = directory / f".removing-{name}"  # so that nobody finds half of it
-    try:
-        (directory / name).rename(removing)
-    except OSError:
-        return False
-    shutil.rmtree(removing, ignore_errors=True)
-    return True

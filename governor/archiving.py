@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from governor import archive, instance, model
+from governor import archive, instance, model, retention
 from governor.agent_process import AgentProcess
 from governor.children import Children, Ended, fork, memory_bound
 from governor.codec import plain
@@ -128,7 +128,7 @@ class Archiving:
 
         def work() -> bytes:
             keep = policy.keep_count, policy.keep_bytes
-            return b"%d" % len(archive.prune(directory, self.cgroup, *keep, spare=made["name"]))
+            return b"%d" % len(retention.prune(directory, self.cgroup, *keep, spare=made["name"]))
 
         def on_end(pruned: Ended) -> None:
             if not pruned.ok:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from governor import archive
+from governor import archive, retention
 from governor.cli import app
 from governor.manifest import MANIFEST_NAME, TAR_NAME, parse_manifest
 from governor.session_files import CREDENTIALS, excluded, parse_pattern
@@ -150,7 +150,7 @@ def many(place, count):
 @pytest.mark.parametrize("keep_count, left", [(10, 5), (5, 5), (3, 3), (1, 1), (0, 1)])
 def test_the_oldest_go_first_and_the_newest_stays(place, keep_count, left):
     made = [manifest.name for manifest in many(place, 5)]
-    assert archive.prune(place.archives, TARGET, keep_count, 1 << 30) == made[: 5 - left]
+    assert retention.prune(place.archives, TARGET, keep_count, 1 << 30) == made[: 5 - left]
     assert archive.names(place.archives) == made[5 - left :]
     assert len(list(place.archives.iterdir())) == left
 
@@ -158,15 +158,15 @@ def test_the_oldest_go_first_and_the_newest_stays(place, keep_count, left):
 def test_bytes_are_counted_as_they_lie_on_the_disk(place):
     made = [manifest.name for manifest in many(place, 4)]
     size_bytes = sum(path.stat().st_size for path in (place.archives / made[-1]).iterdir())
-    assert archive.prune(place.archives, TARGET, 100, int(2.5 * size_bytes)) == made[:2]
-    assert archive.prune(place.archives, TARGET, 100, 0) == made[2:3]
+    assert retention.prune(place.archives, TARGET, 100, int(2.5 * size_bytes)) == made[:2]
+    assert retention.prune(place.archives, TARGET, 100, 0) == made[2:3]
 
 
 def test_the_base_of_a_delta_that_stays_stays(place):
     base, lonely, _ = many(place, 3)
     place.file("new", b"new")
     delta = place.write(since=base)
-    assert lonely.name in archive.prune(place.archives, TARGET, 1, 1 << 30)
+    assert lonely.name in retention.prune(place.archives, TARGET, 1, 1 << 30)
     assert archive.names(place.archives) == [base.name, delta.name]
     archive.verify(place.archives, delta.name)
 
@@ -181,9 +181,9 @@ def test_of_containers_that_are_gone_no_more_is_left_and_the_pod_with_most_goes_
     os.makedirs(here)
     quiet, there = place.write(target=container(tmp_path, "b", 0)).name, place.write(target=here).name
     loud = [place.write(target=container(tmp_path, "a", number)).name for number in range(5)]
-    assert archive.prune(place.archives, here, 100, 3 << 20) == loud[:4]
+    assert retention.prune(place.archives, here, 100, 3 << 20) == loud[:4]
     assert archive.names(place.archives) == [quiet, there, loud[4]]
-    assert archive.prune(place.archives, here, 100, 0, spare=loud[4]) == [quiet]
+    assert retention.prune(place.archives, here, 100, 0, spare=loud[4]) == [quiet]
 
 
 def test_what_the_last_archive_of_a_container_that_is_gone_is_based_on_stays(place, tmp_path):
@@ -193,7 +193,7 @@ def test_what_the_last_archive_of_a_container_that_is_gone_is_based_on_stays(pla
     place.file("new", b"saved on SIGTERM")
     delta = place.write(target=gone, since=full)
     other = place.write(target=container(tmp_path, "b", 0)).name
-    assert archive.prune(place.archives, gone, 100, 0, spare=delta.name) == [other]
+    assert retention.prune(place.archives, gone, 100, 0, spare=delta.name) == [other]
     archive.verify(place.archives, delta.name)
 
 
@@ -201,7 +201,7 @@ def test_of_a_target_and_of_who_is_gone_all_goes_at_once(place, tmp_path):
     place.file("a", os.urandom(1 << 20))
     gone = [place.write(target=container(tmp_path, "a", number)).name for number in range(2)]
     made = [manifest.name for manifest in many(place, 2)]
-    assert archive.prune(place.archives, TARGET, 1, 1 << 20, spare=made[1]) == [made[0], *gone]
+    assert retention.prune(place.archives, TARGET, 1, 1 << 20, spare=made[1]) == [made[0], *gone]
     assert archive.names(place.archives) == [made[1]]
 
 
@@ -213,12 +213,12 @@ def test_what_is_not_governors_or_of_another_target_stays(place, tmp_path):
     (place.archives / "mine").mkdir()
     (place.archives / "mine" / MANIFEST_NAME).write_bytes(b"{}")
     (place.archives / "link").symlink_to(place.archives / made[3])
-    assert archive.prune(place.archives, TARGET, 1, 1 << 30) == [made[2]]
+    assert retention.prune(place.archives, TARGET, 1, 1 << 30) == [made[2]]
     assert {other, made[0], made[1], "mine", "link"} < {path.name for path in place.archives.iterdir()}
 
 
 def test_nothing_to_prune(tmp_path):
-    assert archive.prune(tmp_path / "none", TARGET, 1, 1) == []
+    assert retention.prune(tmp_path / "none", TARGET, 1, 1) == []
 
 
 # Fallbacks
