@@ -5,6 +5,7 @@ Decides nothing: what is to be done the ladder says, and `executor` has it done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from governor import instance, model
@@ -39,6 +40,7 @@ class Actuators:
         sampling: Sampling,
         shared: Shared,
         note: Note,
+        say: Callable[[str], None],
     ) -> None:
         self._guard, self._slot, self._limits, self._agent = guard, slot, limits, agent
         self._decisions, self._shared, self._note = decisions, shared, note
@@ -91,10 +93,12 @@ class Actuators:
                 agent=agent,
                 children=self.children,
                 note=note,
+                say=say,
             ),
             recycle=self.recycle,
             send=shared.send,
             note=note,
+            say=say,
             limits=limits,
             feed=decisions.feed,
             remembered=lambda: sampling.attribution.descendants(),

@@ -17,7 +17,7 @@ from governor.children import Children, Ended, fork, memory_bound
 from governor.codec import plain
 from governor.inside import kept_open
 from governor.inside_read import find_inside
-from governor.journal import Note, say
+from governor.journal import Note
 from governor.manifest import ArchiveError, read_manifest
 from governor.policy import Archive
 from governor.session_files import CREDENTIALS, Found, find
@@ -34,6 +34,7 @@ class Archiving:
     agent: AgentProcess
     children: Children
     note: Note
+    say: Callable[[str], None]
     _full: tuple[Path, str] = (Path(), "")  # where this agent's full archive is, and its name
 
     def begin(
@@ -114,7 +115,7 @@ class Archiving:
                 "archived", text if made["new"] else f"nothing has changed since archive {made['name']}", **made
             )
             if not made["files"] and not made["base"]:
-                say(f"no session file was found for {policy.globs}: name them with --archive")
+                self.say(f"no session file was found for {policy.globs}: name them with --archive")
             if made["new"] and not made["base"] and not is_last:
                 self._full = Path(made["directory"]), made["name"]
         else:

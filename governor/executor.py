@@ -23,7 +23,7 @@ from governor.cgroup import MemoryState
 from governor.children import Children, Ended, fork
 from governor.codec import plain
 from governor.deliveries import Deliveries
-from governor.journal import Note, say
+from governor.journal import Note
 from governor.limits import Limits
 from governor.model import Status, Tier
 from governor.policy import SECOND, Efficacy, Policy, levels
@@ -70,6 +70,7 @@ class Executor:
     children: Children
     send: Callable[[bytes], bool]  # to reflex
     note: Note
+    say: Callable[[str], None]
     limits: Limits
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
@@ -104,7 +105,7 @@ class Executor:
             case model.Prolong(for_ns=for_ns):
                 self.send(link.encode_slot(link.PROLONG, self.slot, time.monotonic_ns() + for_ns))
             case model.Squeeze(high_bytes=high_bytes):
-                say(f"throttled above {high_bytes >> 20} MiB: it grows although it is frozen")
+                self.say(f"throttled above {high_bytes >> 20} MiB: it grows although it is frozen")
                 self._squeeze(high_bytes)
             case model.Thaw():
                 self._thaw(instruction)
@@ -164,7 +165,7 @@ class Executor:
         if not self.policy.brakes:  # held before the policy said so
             self.usual_levels()
             return
-        say(f"thaw: {thaw.reason}")
+        self.say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
         if thaw.last_word and high_bytes > 0 and self._squeeze(high_bytes):
             high_bytes = 0
@@ -175,7 +176,7 @@ class Executor:
         """memory.high under the usage; here: it may take long, and reflex has no time."""
         if (knobs := self.knob_file.knobs(self.slot)) is None:
             return False
-        knobs.squeeze(self.limits.own_high_bytes(high_bytes))
+        knobs.squeeze(self.limits.own_usage_at(high_bytes))
         knobs.close()
         return True
 

@@ -40,7 +40,9 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     """Archive, and shed where it is clear whom; who was told to end, and is braked again, is killed."""
     if state.phase is Phase.TERMINATING:
         return _kill(state, f"again at {percent(event.state)} of max before the agent had ended")
-    if state.held and not state.shed_tried:  # else what grew before is gone
+    if state.held and state.shed_tried:
+        event = replace(event, growth=_after_a_shed(state.held.growth, event.growth))
+    elif state.held:
         enough_bytes = int(policy.shed.grown_ratio * event.state.max_bytes)
         event = replace(event, growth=_together(state.held.growth, event.growth, enough_bytes))
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
@@ -90,6 +92,18 @@ def _together(before: Growth | None, now: Growth | None, enough_bytes: int) -> G
     )
 
 
+def _after_a_shed(before: Growth | None, now: Growth | None) -> Growth | None:
+    """Growth since, and what those had grown by who were left: no more can grow than the shed tool gave back."""
+    if before is None or now is None:
+        return now
+    left_bytes = max(0, before.others_grown_bytes - before.grown_bytes)
+    return replace(
+        now,
+        agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
+        others_grown_bytes=left_bytes + now.others_grown_bytes,
+    )
+
+
 def _is_late(held: Braked | None, policy: Policy) -> bool:
     """Whether a brake came because memory was full, not because it filled fast."""
     return held is not None and held.state.unreclaimable_ratio >= policy.brake.probation_below_ratio
@@ -112,8 +126,11 @@ def _has_room(held: Braked, policy: Policy, again: bool) -> bool:
     return (last_ratio * memory.max_bytes - memory.unreclaimable_bytes) * SECOND >= max(1, needed_ns)
 
 
-def _given_back(held: Braked, memory: MemoryState) -> Braked:
-    """As it is by now. khugepaged charges 2 MiB before it frees what they replace: given back, that was no growth."""
+def _by_now(held: Braked, memory: MemoryState) -> Braked:
+    """As it is by now: not every growth stops where its process is frozen.
+
+    And khugepaged charges 2 MiB before it frees what they replace: given back, that was no growth.
+    """
     fell_bytes = held.state.unreclaimable_bytes - memory.unreclaimable_bytes
     held = replace(held, state=memory)
     if held.trend_bytes is None or fell_bytes * SECOND < held.trend_bytes * _TREND_NS:
@@ -169,7 +186,7 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     memory = fresh or held.state
     fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
     recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
-    room = _has_room(_given_back(held, memory) if fell else held, policy, again=state.must_terminate)
+    room = _has_room(_by_now(held, memory), policy, again=state.must_terminate)
     # Where nobody is held, memory falls and rises by itself.
     if recovered or (room and (not state.must_terminate or (fell and policy.brakes))):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")

@@ -108,12 +108,25 @@ class Limits:
         except (OSError, ValueError):
             return 0
 
-    def own_high_bytes(self, high_bytes: int) -> int:
+    def own_usage_at(self, usage_bytes: int) -> int:
         """A usage of the tightest memcg as one of the governed memcg, if only that one grows."""
         if self.tightest is self.own:
-            return high_bytes
+            return usage_bytes
         own, tightest = self.own.memory_state(), self.tightest.memory_state()
-        return own.usage_bytes + high_bytes - tightest.usage_bytes if own and tightest else 0
+        return own.usage_bytes + usage_bytes - tightest.usage_bytes if own and tightest else 0
+
+    def own_high_bytes(self, high_bytes: int) -> int:
+        """What the tightest memcg may hold that cannot be reclaimed, as a memory.high of the governed memcg.
+
+        Not counting what others there have cached: throttled for that, it would never get to the level at which it is
+        braked. Never below the usage: the kernel would reclaim within the write.
+        """
+        if self.tightest is self.own:
+            return max(high_bytes, self.own_usage_bytes())
+        own, tightest = self.own.memory_state(), self.tightest.memory_state()
+        if own is None or tightest is None:
+            return 0
+        return max(own.usage_bytes, own.unreclaimable_bytes + high_bytes - tightest.unreclaimable_bytes)
 
     def describe(self) -> str:
         """Which limit counts, in words."""

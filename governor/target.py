@@ -83,7 +83,16 @@ class Target:
             self._limits, slot, self._agent, guard.agent_pid or 0, self._decisions, shared, self.note
         )
         self._actuators = Actuators(
-            guard, slot, profile, self._limits, self._agent, self._decisions, self._sampling, shared, self.note
+            guard,
+            slot,
+            profile,
+            self._limits,
+            self._agent,
+            self._decisions,
+            self._sampling,
+            shared,
+            self.note,
+            self._say,
         )
         subscribers, executor = self._actuators.subscribers, self._actuators.executor
         subscribers.on_status = lambda after: status.page(

@@ -40,6 +40,7 @@ def test_governed_the_session_is_archived_first(container, guard, tmp_path, burs
     status = agent.wait(timeout=60)
 
     archived = governor.await_line("archived")
+    governor.await_line("agent_ended")
     if burst != "processes":
         first_death = min(line["monotonic_ns"] for line in governor.lines("killed", "terminating", "oom_kill"))
         assert archived["monotonic_ns"] < first_death
@@ -52,5 +53,4 @@ def test_governed_the_session_is_archived_first(container, guard, tmp_path, burs
     if burst != "populate":
         assert pod.events()["oom_kill"] == 0, governor.log()
         assert status in ((143,) if burst == "processes" else (143, -9))
-    governor.await_line("agent_ended")
     wait_for(lambda: pod.read("memory.high") == "max" and pod.read("cgroup.freeze") == "0")

@@ -12,12 +12,12 @@ from tests.waiting import wait_for
 PICTURE_MB = "64"  # makes an archive that takes a while: the brake is held meanwhile
 
 
-def held(pod, guard, tmp_path):
+def held(pod, guard, tmp_path, *options):
     """A guard that holds a brake, and its agent, which does not grow further by itself."""
     agent = pod.agent(
         tmp_path / "session.jsonl", "touch", "--total-mb", "225", "--picture-mb", PICTURE_MB, "--rate-mb", "200"
     )
-    governor = guard(pod).ready()
+    governor = guard(pod, *options).ready()
     agent.go()
     governor.await_line("braked")
     assert pod.read("cgroup.freeze") == "1"

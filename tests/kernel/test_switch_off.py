@@ -12,7 +12,9 @@ pytestmark = pytest.mark.any_kernel
 
 def test_off_thaws_restores_and_detaches(container, guard, tmp_path):
     pod = container(256)
-    governor, agent = held(pod, guard, tmp_path)
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[terminate]\nenabled = false\n")  # who ended it is no question then
+    governor, agent = held(pod, guard, tmp_path, "--policy", policy)
     done = subprocess.run(["governor", "off"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert f"stopped process {governor.process.pid}" in done.stdout

@@ -252,6 +252,19 @@ def test_growth_that_is_not_clearly_a_tools_is_not_shed(growth):
     assert "Shed" not in Run().then(braked(0.95, 2000, growth=growth), Archived(True)).names()
 
 
+@pytest.mark.parametrize(("agent_mib", "step"), [(0, "Shed"), (100, "Warn")])
+def test_of_many_tools_the_next_is_shed_though_no_more_could_grow_than_the_one_before_gave_back(agent_mib, step):
+    of_eight = replace(tool(40), others_grown_bytes=320 * MIB)
+    run = Run().then(braked(0.95, 2000, growth=of_eight), Archived(True), Shedded(1)).at(0.89, 2)
+    assert run.names() == ["Archive", "Shed", "Thaw"]
+    next_one = replace(tool(5), culprit_pid=78, others_grown_bytes=30 * MIB, agent_grown_bytes=agent_mib * MIB)
+    assert run.then(braked(0.95, 2000, growth=next_one)).names()[-1] == step
+
+
+def test_what_rose_while_it_was_frozen_has_no_room():
+    assert Run().then(braked(0.8, 10), Archived(True, memory(0.98))).state.phase is Phase.TERMINATING
+
+
 @pytest.mark.parametrize("archived_first", [True, False])
 def test_a_shed_that_does_not_help_ends_the_agent(archived_first):
     run = Run().then(braked(0.95, 2000, growth=tool()), Shedded(1))

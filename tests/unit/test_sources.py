@@ -25,10 +25,10 @@ class Node:
     def __init__(self, path, usage_mib=0, max_mib=None):
         self.path = path
         path.mkdir()
-        (path / "memory.stat").write_text("inactive_file 0\n")
         self.set(usage_mib, max_mib)
 
-    def set(self, usage_mib, max_mib=None):
+    def set(self, usage_mib, max_mib=None, cached_mib=0):
+        (self.path / "memory.stat").write_text(f"inactive_file {int(cached_mib * MIB)}\n")
         (self.path / "memory.current").write_text(f"{int(usage_mib * MIB)}\n")
         (self.path / "memory.max").write_text(f"{int(max_mib * MIB)}\n" if max_mib else "max\n")
 
@@ -55,7 +55,9 @@ def test_the_tightest_limit_counts(tree):
     assert found.memory_state(0).max_bytes == 1000 * MIB
     found.chosen_bytes = 55 * MIB  # the policy's
     assert found.memory_state(0).max_bytes == 55 * MIB
-    assert found.own_high_bytes(7) == 7
+    assert found.own_usage_at(7) == 7
+    assert found.own_high_bytes(58 * MIB) == 58 * MIB
+    assert found.own_high_bytes(7) == 50 * MIB  # under the usage, the kernel would reclaim in the write
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,17 @@ def test_its_own_limit_counts_where_a_sibling_fills_the_pod(tree):
 def test_a_usage_of_an_ancestor_as_one_of_the_governed_memcg(tree):
     found, _ = source_of(tree[1])
     found.look(0)
-    assert found.own_high_bytes(930 * MIB) == (930 - 100 + 50) * MIB
+    assert found.own_usage_at(930 * MIB) == (930 - 100 + 50) * MIB
+
+
+def test_an_agent_is_not_throttled_for_what_its_siblings_have_cached(tree):
+    pod, agent = tree
+    found, _ = source_of(agent)
+    pod.set(900, 1000, cached_mib=300)
+    agent.set(400, 5000, cached_mib=20)
+    found.look(0)
+    assert found.own_high_bytes(930 * MIB) == (930 - 600 + 380) * MIB
+    assert found.own_high_bytes(600 * MIB) == 400 * MIB
 
 
 def test_without_any_limit_the_machine_is_one(tree, monkeypatch):

@@ -202,6 +202,7 @@ def test_a_container_that_ended_while_its_archive_waited_is_archived_nonetheless
         agent=agent,
         children=children,
         note=lambda kind, text, **fields: noted.append((kind, text)),
+        say=print,
     )
     others = [Turn(lambda: None) for _ in range(AT_ONCE)]
     for other in others:
