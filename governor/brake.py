@@ -296,14 +296,15 @@ class Knobs:
         if self._high_fd < 0:
             return False
         aligned = high_bytes // PAGE_BYTES * PAGE_BYTES
+        was_set, was_bytes = self.high_set_by_us, self._our_high()
         try:
             found = parse_limit(os.pread(self._high_fd, 32, 0))
             if found != UNLIMITED and not (self.high_set_by_us and found == self._our_high()):
                 return False
-            self._memory[self._start + _OFF_HIGH_SET] = 1
-            struct.pack_into("=q", self._memory, self._start + _OFF_HIGH, aligned)
+            self._mark_high(True, aligned)
             os.pwrite(self._high_fd, str(aligned).encode(), 0)
         except (OSError, ValueError):
+            self._mark_high(was_set, was_bytes)
             return False
         return True
 
@@ -324,6 +325,10 @@ class Knobs:
         """Undo every turn; what was undone, in words. memory.high first, so that what thaws is not throttled."""
         undone = ["memory.high lifted"] if self.lift_high() else []
         return [*undone, "thawed"] if self.thaw() else undone
+
+    def _mark_high(self, is_set: bool, high_bytes: int) -> None:
+        self._memory[self._start + _OFF_HIGH_SET] = is_set
+        struct.pack_into("=q", self._memory, self._start + _OFF_HIGH, high_bytes)
 
     def _our_high(self) -> int:
         return int(struct.unpack_from("=q", self._memory, self._start + _OFF_HIGH)[0])

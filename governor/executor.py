@@ -106,7 +106,7 @@ class Executor:
                 self.send(link.encode_slot(link.PROLONG, self.slot, time.monotonic_ns() + for_ns))
             case model.Squeeze(high_bytes=high_bytes):
                 self.say(f"throttled above {high_bytes >> 20} MiB: it grows although it is frozen")
-                self._squeeze(high_bytes)
+                self._squeeze(self.limits.own_share_bytes(high_bytes))
             case model.Thaw():
                 self._thaw(instruction)
             case model.UsualLevels():
@@ -167,16 +167,19 @@ class Executor:
             return
         self.say(f"thaw: {thaw.reason}")
         high_bytes = -1 if thaw.high_bytes is None else thaw.high_bytes
-        if thaw.last_word and high_bytes > 0 and self._squeeze(high_bytes):
-            high_bytes = 0
+        if high_bytes > 0:
+            as_own = self.limits.own_share_bytes if thaw.last_word else self.limits.own_high_bytes
+            own_bytes = as_own(high_bytes)
+            if 0 < own_bytes < self.limits.own_usage_bytes() and self._squeeze(own_bytes):
+                high_bytes = 0
         self._raised = link.Thaw(self.slot, thaw.brake_ppm, high_bytes, False, thaw.last_word)
         self.send(self._raised.encode())
 
-    def _squeeze(self, high_bytes: int) -> bool:
+    def _squeeze(self, own_bytes: int) -> bool:
         """memory.high under the usage; here: it may take long, and reflex has no time."""
         if (knobs := self.knob_file.knobs(self.slot)) is None:
             return False
-        knobs.squeeze(self.limits.own_usage_at(high_bytes))
+        knobs.squeeze(own_bytes)
         knobs.close()
         return True
 

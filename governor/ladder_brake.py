@@ -40,11 +40,13 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     """Archive, and shed where it is clear whom; who was told to end, and is braked again, is killed."""
     if state.phase is Phase.TERMINATING:
         return _kill(state, f"again at {percent(event.state)} of max before the agent had ended")
-    if state.held and state.shed_tried:
-        event = replace(event, growth=_after_a_shed(state.held.growth, event.growth))
-    elif state.held:
+    if state.held:
         enough_bytes = int(policy.shed.grown_ratio * event.state.max_bytes)
-        event = replace(event, growth=_together(state.held.growth, event.growth, enough_bytes))
+        growth = _together(state.held.growth, event.growth, enough_bytes)
+        if state.shed_tried:
+            is_recent = since(state.held_ns, now_ns) < MINUTE
+            growth = _after_a_shed(state.held.growth, event.growth, enough_bytes) if is_recent else event.growth
+        event = replace(event, growth=growth)
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
     # A loan that ended before its archive did decided nothing: then the second brake is the last.
     room = _has_room(event, policy, again) and (not again or state.archived)
@@ -92,11 +94,14 @@ def _together(before: Growth | None, now: Growth | None, enough_bytes: int) -> G
     )
 
 
-def _after_a_shed(before: Growth | None, now: Growth | None) -> Growth | None:
-    """Growth since, and what those had grown by who were left: no more can grow than the shed tool gave back."""
-    if before is None or now is None:
+def _after_a_shed(before: Growth | None, now: Growth | None, enough_bytes: int) -> Growth | None:
+    """Growth since, and where that is little what the others had grown by.
+
+    No more can grow up to the next brake than the shed tool gave back.
+    """
+    if before is None or now is None or now.others_grown_bytes >= enough_bytes:
         return now
-    left_bytes = max(0, before.others_grown_bytes - before.grown_bytes)
+    left_bytes = max(0, before.others_grown_bytes - max(before.grown_bytes, before.held_bytes))
     return replace(
         now,
         agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
@@ -126,14 +131,19 @@ def _has_room(held: Braked, policy: Policy, again: bool) -> bool:
     return (last_ratio * memory.max_bytes - memory.unreclaimable_bytes) * SECOND >= max(1, needed_ns)
 
 
-def _by_now(held: Braked, memory: MemoryState) -> Braked:
-    """As it is by now: not every growth stops where its process is frozen.
+def _by_now(held: Braked, memory: MemoryState, policy: Policy) -> Braked:
+    """As it is by now: not every growth stops where its process is frozen, though what was under way is no matter.
 
     And khugepaged charges 2 MiB before it frees what they replace: given back, that was no growth.
     """
     fell_bytes = held.state.unreclaimable_bytes - memory.unreclaimable_bytes
+    if fell_bytes <= 0 and memory.unreclaimable_ratio < policy.brake.engage_ratio:
+        return held
+    same_limit = memory.max_bytes == held.state.max_bytes
     held = replace(held, state=memory)
-    if held.trend_bytes is None or fell_bytes * SECOND < held.trend_bytes * _TREND_NS:
+    if fell_bytes <= 0 or not same_limit or held.trend_bytes is None:
+        return held
+    if fell_bytes * SECOND < held.trend_bytes * _TREND_NS:
         return held
     return replace(held, trend_bytes=0, fill_rate_bytes=0)
 
@@ -186,7 +196,7 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     memory = fresh or held.state
     fell = memory.unreclaimable_ratio < held.state.unreclaimable_ratio
     recovered = fell and memory.unreclaimable_ratio < policy.brake.release_ratio
-    room = _has_room(_by_now(held, memory), policy, again=state.must_terminate)
+    room = _has_room(_by_now(held, memory, policy), policy, again=state.must_terminate)
     # Where nobody is held, memory falls and rises by itself.
     if recovered or (room and (not state.must_terminate or (fell and policy.brakes))):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from governor.cgroup import UNLIMITED, Memcg, MemoryState
+from governor.record import PAGE_BYTES
 
 _REFRESH_NS = 1_000_000_000
 _LATE_RATIO = 0.97  # as the policy's last level, unless it says otherwise
@@ -108,25 +109,25 @@ class Limits:
         except (OSError, ValueError):
             return 0
 
-    def own_usage_at(self, usage_bytes: int) -> int:
-        """A usage of the tightest memcg as one of the governed memcg, if only that one grows."""
+    def own_share_bytes(self, usage_bytes: int) -> int:
+        """A usage of the tightest memcg as the same part of what the governed memcg uses; 0 when it is gone."""
         if self.tightest is self.own:
             return usage_bytes
         own, tightest = self.own.memory_state(), self.tightest.memory_state()
-        return own.usage_bytes + usage_bytes - tightest.usage_bytes if own and tightest else 0
+        return own.usage_bytes * usage_bytes // max(1, tightest.usage_bytes) if own and tightest else 0
 
     def own_high_bytes(self, high_bytes: int) -> int:
         """What the tightest memcg may hold that cannot be reclaimed, as a memory.high of the governed memcg.
 
-        Not counting what others there have cached: throttled for that, it would never get to the level at which it is
-        braked. Never below the usage: the kernel would reclaim within the write.
+        Not counting what others there have cached: throttled for that, it would hardly ever get to the level at which
+        it is braked. At least a page; 0 when one of them is gone.
         """
         if self.tightest is self.own:
-            return max(high_bytes, self.own_usage_bytes())
+            return high_bytes
         own, tightest = self.own.memory_state(), self.tightest.memory_state()
         if own is None or tightest is None:
             return 0
-        return max(own.usage_bytes, own.unreclaimable_bytes + high_bytes - tightest.unreclaimable_bytes)
+        return max(PAGE_BYTES, own.unreclaimable_bytes + high_bytes - tightest.unreclaimable_bytes)
 
     def describe(self) -> str:
         """Which limit counts, in words."""

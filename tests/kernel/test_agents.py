@@ -86,14 +86,14 @@ def desk(tmp_path):
 def test_a_repl_is_asked_to_compact_in_its_terminal(desk, tmp_path):
     policy = tmp_path / "policy.toml"
     policy.write_text(POLICY)
-    options = ("--profile", "generic-repl", "--memory-max", "128MiB", "--policy", policy)
+    options = ("--profile", "generic-repl", "--memory-max", "512MiB", "--policy", policy)
     run = desk(*options, "--", sys.executable, LINES, tmp_path / "record")
     run.shows("agent> ")
     wait_for(lambda: run.lines("protecting"), 60)
-    run.type("fill 88\r")
+    run.type("fill 360\r")  # of so much that no early brake comes first
     run.shows("did /compact")
     wait_for(lambda: run.lines("settled"), 60)
-    assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 88", "/compact"]
+    assert (tmp_path / "record").read_text().split("\n")[:2] == ["fill 360", "/compact"]
     assert "of use" in run.lines("settled")[0]["text"]
     assert not run.lines("braked", "terminating")
     run.type("\x04")

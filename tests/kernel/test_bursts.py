@@ -8,6 +8,7 @@ from governor import archive
 from tests.waiting import wait_for
 
 BURSTS = ("touch", "huge", "read", "tmpfs", "threads", "processes", "populate")
+ATTEMPTS, OVERSLEPT_MS = 3, 20  # a record takes one millisecond; what stood still for 20 is the machine
 CASES = [(burst, limit_mib) for limit_mib in (64, 256) for burst in BURSTS]
 
 
@@ -26,18 +27,13 @@ def test_ungoverned_it_is_killed(container, tmp_path, burst, limit_mib):
     [*((*case, True) for case in CASES), *((burst, 256, False) for burst in BURSTS)],
 )
 def test_governed_the_session_is_archived_first(container, guard, tmp_path, burst, limit_mib, oom_group):
-    pod = container(limit_mib, oom_group=oom_group)
-    session = tmp_path / "session.jsonl"
-    agent = pod.agent(session, burst, "--total-mb", "2048")  # each of eight processes alone is over the limit
-    content = session.read_bytes()
-    governor = guard(pod, forked=not oom_group).ready()  # with it: from the shell, as a user starts it
-    agent.go()
-    if burst == "processes":  # not the agent's own growth: it lives
-        assert select.select([agent.stdout], [], [], 90)[0], governor.log()
-        growths = [line["of"]["growth"] for line in governor.lines("step") if line["event"] == "Braked"]
-        assert agent.stdout.readline() == "burst over\n", growths
-        agent.terminate()
-    status = agent.wait(timeout=60)
+    for attempt in range(1, ATTEMPTS + 1):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        governor, pod, agent, session, content = burst_over(container, guard, directory, burst, limit_mib, oom_group)
+        if attempt == ATTEMPTS or not pod.events()["oom_kill"] or slowest_record_ms(governor) < OVERSLEPT_MS:
+            break
+        print(f"killed while the machine stood still for {slowest_record_ms(governor):.0f} ms: once more")
 
     archived = governor.await_line("archived")
     governor.await_line("agent_ended")
@@ -52,5 +48,26 @@ def test_governed_the_session_is_archived_first(container, guard, tmp_path, burs
 
     if burst != "populate":
         assert pod.events()["oom_kill"] == 0, governor.log()
-        assert status in ((143,) if burst == "processes" else (143, -9))
+        assert agent.returncode in ((143,) if burst == "processes" else (143, -9))
     wait_for(lambda: pod.read("memory.high") == "max" and pod.read("cgroup.freeze") == "0")
+
+
+def slowest_record_ms(governor):
+    took = [line["called_back_ns"] - line["record"]["ktime_ns"] for line in governor.lines("crossing")]
+    return max(took, default=0) / 1e6
+
+
+def burst_over(container, guard, tmp_path, burst, limit_mib, oom_group):
+    pod = container(limit_mib, oom_group=oom_group)
+    session = tmp_path / "session.jsonl"
+    agent = pod.agent(session, burst, "--total-mb", "2048")  # each of eight processes alone is over the limit
+    content = session.read_bytes()
+    governor = guard(pod, forked=not oom_group).ready()  # with it: from the shell, as a user starts it
+    agent.go()
+    if burst == "processes":  # not the agent's own growth: it lives
+        assert select.select([agent.stdout], [], [], 90)[0], governor.log()
+        growths = [line["of"]["growth"] for line in governor.lines("step") if line["event"] == "Braked"]
+        assert agent.stdout.readline() == "burst over\n", growths
+        agent.terminate()
+    agent.wait(timeout=60)
+    return governor, pod, agent, session, content

@@ -1,6 +1,8 @@
 """Parsers of memcg files, and the knobs over a fake cgroup directory."""
 
+import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -103,6 +105,17 @@ def test_high_changed_by_somebody_else_meanwhile_stays(tmp_path):
     (tree.path / "memory.high").write_text("4096\n")
     assert not tree.knobs.lift_high()
     assert tree.read("memory.high") == "4096"
+
+
+def test_a_high_that_the_kernel_refuses_leaves_the_one_before_to_be_lifted(tmp_path, monkeypatch):
+    tree = Tree(tmp_path)
+    assert tree.knobs.set_high(8192)
+    (tree.path / "memory.high").write_text("8192\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", Mock(side_effect=OSError(errno.EINVAL, "")))
+        assert not tree.knobs.set_high(4096)
+    assert tree.knobs.lift_high()
+    assert tree.read("memory.high").startswith("max")
 
 
 def test_another_memcg_of_the_same_name_is_not_touched(tmp_path):

@@ -261,8 +261,33 @@ def test_of_many_tools_the_next_is_shed_though_no_more_could_grow_than_the_one_b
     assert run.then(braked(0.95, 2000, growth=next_one)).names()[-1] == step
 
 
-def test_what_rose_while_it_was_frozen_has_no_room():
-    assert Run().then(braked(0.8, 10), Archived(True, memory(0.98))).state.phase is Phase.TERMINATING
+def test_what_the_agent_and_a_shed_tool_grew_by_says_nothing_of_a_tool_that_bursts_after_it():
+    run = Run().then(braked(0.95, 2000, growth=tool(300, agent_mib=60)), Archived(True), Shedded(1)).at(0.7, 2)
+    assert run.then(braked(0.95, 2000, growth=replace(tool(200), culprit_pid=78))).last(Shed).culprit_pid == 78
+
+
+def test_what_tools_had_grown_by_does_not_outlive_them_nor_the_burst():
+    of_two = replace(tool(40), others_grown_bytes=100 * MIB)
+    little = replace(tool(5), culprit_pid=78, held_bytes=60 * MIB)
+    run = Run().then(braked(0.95, 2000, growth=of_two), Archived(True), Shedded(1)).at(0.89, 2)
+    run.then(braked(0.95, 2000, growth=little)).last(Shed)
+    run.then(Archived(True), Shedded(1)).at(0.89, 2)
+    run.then(braked(0.95, 2000, growth=replace(little, culprit_pid=79)), Archived(True))
+    assert [i.culprit_pid for i in run.told if isinstance(i, Shed)] == [77, 78]
+    run = Run().then(braked(0.95, 2000, growth=of_two), Archived(True), Shedded(1)).at(0.87, 120)
+    assert run.then(braked(0.95, 2000, growth=little), Archived(True)).names()[-1] == "Terminate"
+
+
+@pytest.mark.parametrize(("fresh", "phase"), [(0.98, Phase.TERMINATING), (0.852, Phase.PROBATION)])
+def test_what_rose_far_while_it_was_frozen_has_no_room(fresh, phase):
+    assert Run().then(braked(0.849), Archived(True, memory(fresh))).state.phase is phase
+
+
+@pytest.mark.parametrize("max_mib", [5000, 1000])
+def test_what_stayed_or_was_judged_by_another_limit_was_not_given_back(max_mib):
+    fast = Braked(memory(0.91, max_mib * MIB), 0, True, None, 10_000 * MIB)
+    run = Run().then(braked(0.9, 1), Archived(True), fast, Archived(True, memory(0.91)))
+    assert run.state.phase is Phase.TERMINATING
 
 
 @pytest.mark.parametrize("archived_first", [True, False])

@@ -55,9 +55,7 @@ def test_the_tightest_limit_counts(tree):
     assert found.memory_state(0).max_bytes == 1000 * MIB
     found.chosen_bytes = 55 * MIB  # the policy's
     assert found.memory_state(0).max_bytes == 55 * MIB
-    assert found.own_usage_at(7) == 7
-    assert found.own_high_bytes(58 * MIB) == 58 * MIB
-    assert found.own_high_bytes(7) == 50 * MIB  # under the usage, the kernel would reclaim in the write
+    assert found.own_share_bytes(7) == found.own_high_bytes(7) == 7
 
 
 @pytest.mark.parametrize(
@@ -89,10 +87,10 @@ def test_its_own_limit_counts_where_a_sibling_fills_the_pod(tree):
     assert found.own_part(found.memory_state(0)).unreclaimable_ratio == 0.5
 
 
-def test_a_usage_of_an_ancestor_as_one_of_the_governed_memcg(tree):
+def test_a_usage_of_an_ancestor_as_the_same_part_of_what_the_governed_memcg_uses(tree):
     found, _ = source_of(tree[1])
     found.look(0)
-    assert found.own_usage_at(930 * MIB) == (930 - 100 + 50) * MIB
+    assert found.own_share_bytes(90 * MIB) == 45 * MIB
 
 
 def test_an_agent_is_not_throttled_for_what_its_siblings_have_cached(tree):
@@ -102,7 +100,7 @@ def test_an_agent_is_not_throttled_for_what_its_siblings_have_cached(tree):
     agent.set(400, 5000, cached_mib=20)
     found.look(0)
     assert found.own_high_bytes(930 * MIB) == (930 - 600 + 380) * MIB
-    assert found.own_high_bytes(600 * MIB) == 400 * MIB
+    assert found.own_high_bytes(200 * MIB) == 4096  # a sibling's growth beyond it
 
 
 def test_without_any_limit_the_machine_is_one(tree, monkeypatch):
