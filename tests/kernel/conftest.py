@@ -184,8 +184,8 @@ class Guard:
 def guard(tmp_path, loaded):
     made = []
 
-    def make(target, *options, **named):
-        made.append(Guard(tmp_path, target, *options, **named))
+    def make(target, *options, within=tmp_path, **named):
+        made.append(Guard(within, target, *options, **named))
         return made[-1]
 
     yield make

@@ -62,7 +62,9 @@ def burst_over(container, guard, tmp_path, burst, limit_mib, oom_group):
     session = tmp_path / "session.jsonl"
     agent = pod.agent(session, burst, "--total-mb", "2048")  # each of eight processes alone is over the limit
     content = session.read_bytes()
-    governor = guard(pod, forked=not oom_group).ready()  # with it: from the shell, as a user starts it
+    governor = guard(
+        pod, within=tmp_path, forked=not oom_group
+    ).ready()  # with it: from the shell, as a user starts it
     agent.go()
     if burst == "processes":  # not the agent's own growth: it lives
         assert select.select([agent.stdout], [], [], 90)[0], governor.log()
