@@ -170,14 +170,14 @@ class Executor:
         if high_bytes > 0:
             as_own = self.limits.own_share_bytes if thaw.last_word else self.limits.own_high_bytes
             own_bytes = as_own(high_bytes)
-            if 0 < own_bytes < self.limits.own_usage_bytes() and self._squeeze(own_bytes):
+            if own_bytes < self.limits.own_usage_bytes() and self._squeeze(own_bytes):
                 high_bytes = 0
         self._raised = link.Thaw(self.slot, thaw.brake_ppm, high_bytes, False, thaw.last_word)
         self.send(self._raised.encode())
 
     def _squeeze(self, own_bytes: int) -> bool:
         """memory.high under the usage; here: it may take long, and reflex has no time."""
-        if (knobs := self.knob_file.knobs(self.slot)) is None:
+        if own_bytes <= 0 or (knobs := self.knob_file.knobs(self.slot)) is None:
             return False
         knobs.squeeze(own_bytes)
         knobs.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from governor.cgroup import UNLIMITED, Memcg, MemoryState
-from governor.record import PAGE_BYTES
 
 _REFRESH_NS = 1_000_000_000
 _LATE_RATIO = 0.97  # as the policy's last level, unless it says otherwise
@@ -120,14 +119,14 @@ class Limits:
         """What the tightest memcg may hold that cannot be reclaimed, as a memory.high of the governed memcg.
 
         Not counting what others there have cached: throttled for that, it would hardly ever get to the level at which
-        it is braked. At least a page; 0 when one of them is gone.
+        it is braked. At least what it holds itself; 0 when one of them is gone.
         """
         if self.tightest is self.own:
             return high_bytes
         own, tightest = self.own.memory_state(), self.tightest.memory_state()
         if own is None or tightest is None:
             return 0
-        return max(PAGE_BYTES, own.unreclaimable_bytes + high_bytes - tightest.unreclaimable_bytes)
+        return own.unreclaimable_bytes + max(0, high_bytes - tightest.unreclaimable_bytes)
 
     def describe(self) -> str:
         """Which limit counts, in words."""

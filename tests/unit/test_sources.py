@@ -100,7 +100,7 @@ def test_an_agent_is_not_throttled_for_what_its_siblings_have_cached(tree):
     agent.set(400, 5000, cached_mib=20)
     found.look(0)
     assert found.own_high_bytes(930 * MIB) == (930 - 600 + 380) * MIB
-    assert found.own_high_bytes(200 * MIB) == 4096  # a sibling's growth beyond it
+    assert found.own_high_bytes(200 * MIB) == 380 * MIB  # a sibling took the rest
 
 
 def test_without_any_limit_the_machine_is_one(tree, monkeypatch):
