@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 from governor import subtree
 from governor.cgroup import UNLIMITED, Memcg, is_inside, memcg_of, parse_limit
@@ -303,6 +304,8 @@ class Knobs:
                 return False
             self._mark_high(True, aligned)
             os.pwrite(self._high_fd, str(aligned).encode(), 0)
+            if not self.high_set_by_us:  # the other process has lifted the one before meanwhile
+                self._mark_high(True, aligned)
         except (OSError, ValueError):
             self._mark_high(was_set, was_bytes)
             return False
@@ -319,6 +322,9 @@ class Knobs:
         except (OSError, ValueError):
             ours = False
         self._memory[self._start + _OFF_HIGH_SET] = 0
+        with suppress(OSError, ValueError):  # unless the other process has set one meanwhile
+            if ours and parse_limit(os.pread(self._high_fd, 32, 0)) == self._our_high():
+                self._memory[self._start + _OFF_HIGH_SET] = 1
         return ours
 
     def restore(self) -> list[str]:

@@ -132,7 +132,8 @@ class Braking:
         self._brake_at(governed, asked.brake_ppm, asked.heed_horizon)
         own_high_bytes = governed.limits.own_high_bytes(asked.high_bytes) if asked.high_bytes > 0 else 0
         if own_high_bytes > 0:  # below its usage the kernel would reclaim within the write: governor has done that
-            governed.knobs.set_high(max(own_high_bytes, governed.limits.own_usage_bytes()))
+            least_bytes = governed.limits.own_usage_bytes() + HIGH_MARGIN_BYTES
+            governed.knobs.set_high(max(own_high_bytes, least_bytes))
         elif asked.high_bytes < 0:
             governed.knobs.lift_high()
         self._thaw(governed, link.ASKED)

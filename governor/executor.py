@@ -105,8 +105,9 @@ class Executor:
             case model.Prolong(for_ns=for_ns):
                 self.send(link.encode_slot(link.PROLONG, self.slot, time.monotonic_ns() + for_ns))
             case model.Squeeze(high_bytes=high_bytes):
-                self.say(f"throttled above {high_bytes >> 20} MiB: it grows although it is frozen")
-                self._squeeze(self.limits.own_share_bytes(high_bytes))
+                own_bytes = self.limits.own_share_bytes(high_bytes)
+                if self._squeeze(own_bytes):
+                    self.say(f"throttled above {own_bytes >> 20} MiB: it grows although it is frozen")
             case model.Thaw():
                 self._thaw(instruction)
             case model.UsualLevels():
@@ -179,9 +180,9 @@ class Executor:
         """memory.high under the usage; here: it may take long, and reflex has no time."""
         if own_bytes <= 0 or (knobs := self.knob_file.knobs(self.slot)) is None:
             return False
-        knobs.squeeze(own_bytes)
+        was_set = knobs.squeeze(own_bytes)
         knobs.close()
-        return True
+        return was_set
 
     # Tier 3
 

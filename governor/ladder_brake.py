@@ -32,6 +32,7 @@ _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
 _OWN_SHARE = 4  # a burst is a tool's if the agent's own growth is at most a quarter of it
 _HIGHEST_RATIO = 0.99  # a brake is never set above
 _TREND_NS = 250 * MS  # what a trend is of at least: charge.bpf.c's and the polling's
+_SAME_LIMIT = 0.01  # without one, what the machine has left is read twice
 _REACTION_NS = 10 * MS  # at its speed of this moment it must not get to the last level so soon
 _HANDLER_RATIO = 0.015  # of max, below the last level: what an agent's SIGTERM handler is left with
 
@@ -136,12 +137,14 @@ def _by_now(held: Braked, memory: MemoryState, policy: Policy) -> Braked:
 
     And khugepaged charges 2 MiB before it frees what they replace: given back, that was no growth.
     """
-    fell_bytes = held.state.unreclaimable_bytes - memory.unreclaimable_bytes
-    if fell_bytes <= 0 and memory.unreclaimable_ratio < policy.brake.engage_ratio:
+    before = held.state
+    rose = memory.unreclaimable_ratio >= before.unreclaimable_ratio
+    if rose and memory.unreclaimable_ratio < policy.brake.engage_ratio:
         return held
-    same_limit = memory.max_bytes == held.state.max_bytes
+    fell_bytes = before.unreclaimable_bytes - memory.unreclaimable_bytes
+    other_limit = abs(memory.max_bytes - before.max_bytes) > _SAME_LIMIT * before.max_bytes
     held = replace(held, state=memory)
-    if fell_bytes <= 0 or not same_limit or held.trend_bytes is None:
+    if fell_bytes <= 0 or other_limit or held.trend_bytes is None:
         return held
     if fell_bytes * SECOND < held.trend_bytes * _TREND_NS:
         return held

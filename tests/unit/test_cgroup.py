@@ -118,6 +118,25 @@ def test_a_high_that_the_kernel_refuses_leaves_the_one_before_to_be_lifted(tmp_p
     assert tree.read("memory.high").startswith("max")
 
 
+def test_a_high_that_the_other_process_sets_while_one_is_lifted_stays_governors(tmp_path, monkeypatch):
+    tree = Tree(tmp_path)
+    assert tree.knobs.set_high(4096)
+    (tree.path / "memory.high").write_text("4096\n")
+    write = os.pwrite
+
+    def meanwhile(fd, data, at):
+        monkeypatch.setattr(os, "pwrite", write)
+        (tree.path / "memory.high").write_text("max\n")
+        KnobFile(tree.file_path).knobs(0).set_high(8192)
+        (tree.path / "memory.high").write_text("8192\n")
+        return len(data)
+
+    monkeypatch.setattr(os, "pwrite", meanwhile)
+    tree.knobs.lift_high()
+    assert tree.knobs.high_set_by_us
+    assert tree.knobs.lift_high()
+
+
 def test_another_memcg_of_the_same_name_is_not_touched(tmp_path):
     tree = Tree(tmp_path)
     tree.knobs.freeze()

@@ -229,7 +229,8 @@ def test_a_file_that_grows_and_one_that_shrinks_while_they_are_read(container, t
     def change():
         with grows.open("ab") as file:
             while not done.is_set():
-                file.write(b"g" * 4096)
+                if file.tell() < 32 << 20:  # more than is archived, if it is read slowly
+                    file.write(b"g" * 4096)
                 os.truncate(shrinks, 8 << 20)
                 os.truncate(shrinks, 0)
 

@@ -252,9 +252,11 @@ def test_growth_that_is_not_clearly_a_tools_is_not_shed(growth):
     assert "Shed" not in Run().then(braked(0.95, 2000, growth=growth), Archived(True)).names()
 
 
-@pytest.mark.parametrize(("agent_mib", "step"), [(0, "Shed"), (100, "Warn")])
-def test_of_many_tools_the_next_is_shed_though_no_more_could_grow_than_the_one_before_gave_back(agent_mib, step):
-    of_eight = replace(tool(40), others_grown_bytes=320 * MIB)
+@pytest.mark.parametrize(("before_mib", "agent_mib", "step"), [(0, 0, "Shed"), (0, 100, "Warn"), (75, 25, "Warn")])
+def test_of_many_tools_the_next_is_shed_though_no_more_could_grow_than_the_one_before_gave_back(
+    before_mib, agent_mib, step
+):
+    of_eight = replace(tool(40, before_mib), others_grown_bytes=320 * MIB)
     run = Run().then(braked(0.95, 2000, growth=of_eight), Archived(True), Shedded(1)).at(0.89, 2)
     assert run.names() == ["Archive", "Shed", "Thaw"]
     next_one = replace(tool(5), culprit_pid=78, others_grown_bytes=30 * MIB, agent_grown_bytes=agent_mib * MIB)
@@ -283,11 +285,23 @@ def test_what_rose_far_while_it_was_frozen_has_no_room(fresh, phase):
     assert Run().then(braked(0.849), Archived(True, memory(fresh))).state.phase is phase
 
 
-@pytest.mark.parametrize("max_mib", [5000, 1000])
-def test_what_stayed_or_was_judged_by_another_limit_was_not_given_back(max_mib):
+@pytest.mark.parametrize(
+    ("max_mib", "fresh_ratio", "phase"),
+    [
+        pytest.param(1000, 0.91, Phase.TERMINATING, id="it stayed"),
+        pytest.param(5000, 0.91, Phase.TERMINATING, id="less, but of another limit"),
+        pytest.param(1001, 0.89, Phase.PROBATION, id="given back; what the machine has left is read twice"),
+        pytest.param(1000, 0.89, Phase.PROBATION, id="given back"),
+    ],
+)
+def test_only_what_was_given_back_was_no_growth(max_mib, fresh_ratio, phase):
     fast = Braked(memory(0.91, max_mib * MIB), 0, True, None, 10_000 * MIB)
-    run = Run().then(braked(0.9, 1), Archived(True), fast, Archived(True, memory(0.91)))
-    assert run.state.phase is Phase.TERMINATING
+    assert Run().then(fast, Archived(True, memory(fresh_ratio))).state.phase is phase
+
+
+def test_a_limit_that_was_raised_while_it_was_frozen_is_room():
+    fresh = memory(0.873, 1060 * MIB)
+    assert Run().then(braked(0.92, 300), Archived(True, fresh)).state.phase is Phase.PROBATION
 
 
 @pytest.mark.parametrize("archived_first", [True, False])

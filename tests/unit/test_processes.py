@@ -192,9 +192,12 @@ def test_the_leader_below_a_governor_run_is_the_agent_and_not_its_guard(tmp_path
             open("/proc/self/comm", "w").write(name)
             os.write(1, b"%d\\n" % os.getpid())
         call("governor-run")
+        ready, is_ready = os.pipe()
         if not os.fork():
             call("governor-guard")
+            os.write(is_ready, b"!")
             time.sleep(600)
+        os.read(ready, 1)
         time.sleep(0.1)
         if not os.fork():
             call("agent")
