@@ -63,7 +63,9 @@ class Braking:
         level_ppm = governed.levels.engage_ppm[LEVEL_BRAKE - 1]
         if found.flags & record.HORIZON:
             level_ppm = min(level_ppm, governed.levels.horizon_floor_ppm)
-        if state.unreclaimable_bytes < (level_ppm / PPM - CONFIRM_SLACK_RATIO) * state.max_bytes:
+        # A memcg that sits still is charged a batch of pages now and then, which may be what crossed a limit above.
+        is_anothers = found.cgroup_id != governed.limits.cgroup_id and not governed.limits.is_ours
+        if is_anothers or state.unreclaimable_bytes < (level_ppm / PPM - CONFIRM_SLACK_RATIO) * state.max_bytes:
             governed.knobs.lift_high()
             self.verify(governed, hear_again=True)
             governed.poll.hurry(found.ktime_ns)  # the kernel's bound is useless here for a while

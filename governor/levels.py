@@ -16,6 +16,7 @@ INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
 LEAST_WORST_BYTES = 1_000_000_000
 CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
+_SHARED_BYTES = 8 * CHARGE_BYTES  # of a batch per CPU that was charged and not used, more is growth of somebody else
 _RATE_WINDOW_NS = 4_000_000
 _TREND_NS = 250_000_000
 _TREND_LEAST_NS = 1_000_000
@@ -45,6 +46,26 @@ def interval_ns(headroom_bytes: int, worst_rate_bytes: int) -> int:
     return max(INTERVAL_MIN_NS, min(INTERVAL_MAX_NS, wait_ns))
 
 
+class Share:
+    """Whose growth is it: that of a memcg, or of others below the one above it whose limit both share?
+
+    Over the last 2 to 4 MiB of it. A memcg that sits still is charged a batch of pages on each CPU where it wakes,
+    and gives it back when another one is charged there (refill_stock): beside less than that it seems to grow too.
+    """
+
+    def __init__(self) -> None:
+        self._bases: list[tuple[int, int]] = []  # growth counts from the first, the next time from the second
+
+    def look(self, held_bytes: int, part_bytes: int) -> bool:
+        """Whether the part has grown by half of what all of it has, and by more than it may seem to."""
+        here = (held_bytes, part_bytes)
+        self._bases = [(min(base[0], held_bytes), min(base[1], part_bytes)) for base in self._bases] or [here, here]
+        if held_bytes - self._bases[1][0] >= _SHARED_BYTES:
+            self._bases = [self._bases[1], here]
+        grown_bytes, part_grown_bytes = held_bytes - self._bases[0][0], part_bytes - self._bases[0][1]
+        return 2 * part_grown_bytes >= max(grown_bytes, _SHARED_BYTES)
+
+
 class Track:
     """What was last seen of one memcg with a limit."""
 
@@ -53,7 +74,7 @@ class Track:
         self.fill_rate_bytes: int | None = None
         self.worst_rate_bytes = 0  # ever seen
         self._near = False
-        self._base: tuple[int, int] | None = None  # growth counts from here: of all of it, of the part
+        self._base_bytes: int | None = None  # growth counts from here
         self._max_bytes = 0
         self._window: tuple[int, int] | None = None  # where the window of the fill rate began: (ns, bytes)
         self._trend: list[tuple[int, int]] = []  # where that of the trend began, and where the next one will have
@@ -69,21 +90,17 @@ class Track:
         self.level, self._near = level, near
 
     def look(
-        self, levels: Levels, held_bytes: int, max_bytes: int, now_ns: int, part_bytes: int | None = None
+        self, levels: Levels, held_bytes: int, max_bytes: int, now_ns: int, ours: bool = True
     ) -> Crossing | None:
-        """What a look at the unreclaimable bytes shows; `part_bytes` are those of a memcg below, if only that counts.
+        """What a look at the unreclaimable bytes shows; `ours`: their growth is that of the memcg that would be held.
 
         As in the kernel only growth is reported as rising: a full memcg that stands still is no burst. A limit that
-        changed counts as growth. Where less than half of the growth is the part's, no rising crossing is reported,
-        now: its next growth reports it.
+        changed counts as growth. What is not ours is not reported as rising, now: the next growth that is reports it.
         """
         rate, trend = self._measure(held_bytes, now_ns), self._slope(held_bytes, now_ns)
-        here = (held_bytes, part_bytes or 0)
-        base_bytes, base_part_bytes = map(min, self._base or here, here)
-        grown_bytes, part_grown_bytes = held_bytes - base_bytes, here[1] - base_part_bytes
-        grown = grown_bytes >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
-        ours = part_bytes is None or (part_grown_bytes > 0 and 2 * part_grown_bytes >= grown_bytes)
-        self._base = here if grown else (base_bytes, base_part_bytes)
+        base_bytes = held_bytes if self._base_bytes is None else min(self._base_bytes, held_bytes)
+        grown = held_bytes - base_bytes >= CHARGE_BYTES or 0 < self._max_bytes != max_bytes
+        self._base_bytes = held_bytes if grown else base_bytes
         self._max_bytes = max_bytes
         if max_bytes <= 0:
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from governor.cgroup import UNLIMITED, Memcg, MemoryState
+from governor.levels import Share
 
 _REFRESH_NS = 1_000_000_000
 _LATE_RATIO = 0.97  # as the policy's last level, unless it says otherwise
@@ -22,6 +23,7 @@ class Seen(NamedTuple):
     memcg: Memcg
     state: MemoryState
     given_bytes: int  # a limit that the kernel does not know of; 0: none
+    ours: bool  # what it has last grown by is the governed memcg's
 
 
 class Limits:
@@ -34,6 +36,8 @@ class Limits:
         self.chosen_bytes = 0  # the policy's limit; 0: none
         self.of_machine = False  # no limit anywhere: MemAvailable counts
         self.tightest = own
+        self.is_ours = True  # what the tightest has last grown by is the governed memcg's
+        self._shares: dict[int, Share] = {}  # of those above, by cgroup id
         self._own_state: MemoryState | None = None  # at the last look
         self._before: tuple[Memcg | None, int, int] = (None, 0, 0)  # own_part: the tightest, held here, held there
         self._machine_bytes = 0
@@ -64,17 +68,20 @@ class Limits:
         state = self.own.memory_state()
         if state is None:
             return []
-        self._own_state = state
+        grown_bytes, self._own_state = state.unreclaimable_bytes - self.own_held_bytes, state
         limits = [limit for limit in (state.max_bytes, self.chosen_bytes) if limit > 0]
-        seen = [Seen(self.own, state._replace(max_bytes=min(limits)), self.chosen_bytes)] if limits else []
+        seen = [Seen(self.own, state._replace(max_bytes=min(limits)), self.chosen_bytes, True)] if limits else []
         for memcg in self.above:
             if memcg.limit_bytes() != UNLIMITED and (found := memcg.memory_state()):
-                seen.append(Seen(memcg, found, 0))
+                share = self._shares.setdefault(memcg.cgroup_id, Share())
+                ours = share.look(found.unreclaimable_bytes, state.unreclaimable_bytes)
+                seen.append(Seen(memcg, found, 0, ours))
         self.of_machine = not seen
         if not seen:
             machine_bytes = self._of_machine(state, now_ns)
-            seen = [Seen(self.own, state._replace(max_bytes=machine_bytes), machine_bytes)]
-        self.tightest = max(seen, key=lambda one: one.state.unreclaimable_ratio).memcg
+            seen = [Seen(self.own, state._replace(max_bytes=machine_bytes), machine_bytes, grown_bytes > 0)]
+        tightest = max(seen, key=lambda one: one.state.unreclaimable_ratio)
+        self.tightest, self.is_ours = tightest.memcg, tightest.ours
         return seen
 
     def memory_state(self, now_ns: int) -> MemoryState | None:
@@ -84,8 +91,8 @@ class Limits:
     def own_part(self, state: MemoryState) -> MemoryState:
         """What memory_state() just gave, as far as the governed memcg answers for it: siblings' growth is not its.
 
-        All of it where it has grown by half of what that has since the last call; or where it holds half of that, and
-        nobody grows or little is left.
+        All of it where it grows, and by half of what that does; or where it holds half of that, and nobody grows or
+        little is left.
         """
         own, held_bytes = self._own_state, self.own_held_bytes
         before, self._before = self._before, (self.tightest, held_bytes, state.unreclaimable_bytes)
@@ -96,7 +103,7 @@ class Limits:
             grown, held = held_bytes - before[1], state.unreclaimable_bytes - before[2]
         # Who holds most is whom the kernel kills: who only sits still answers once whoever grows was not stopped.
         is_late = held <= 0 or state.unreclaimable_ratio >= _LATE_RATIO
-        if (is_late and 2 * held_bytes >= state.unreclaimable_bytes) or (grown > 0 and 2 * grown >= held):
+        if (is_late and 2 * held_bytes >= state.unreclaimable_bytes) or (grown > 0 and self.is_ours):
             return state
         limits = (own.max_bytes, self.chosen_bytes, state.max_bytes)
         return own._replace(max_bytes=min(limit for limit in limits if limit > 0))

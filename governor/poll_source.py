@@ -153,12 +153,10 @@ class PollSource:
             return None
         found: Record | None = None
         wait_ns = levels.INTERVAL_MAX_NS
-        for memcg, state, _ in seen:
+        for memcg, state, _, ours in seen:
             track = self._tracks.setdefault(memcg.cgroup_id, Track())
             # A limit above is reached by siblings as well: braking helps only where the growth is from inside.
-            is_shared = memcg is not self._limits.own or self._limits.of_machine
-            part_bytes = self._limits.own_held_bytes if is_shared else None
-            crossing = track.look(wanted, state.unreclaimable_bytes, state.max_bytes, now_ns, part_bytes)
+            crossing = track.look(wanted, state.unreclaimable_bytes, state.max_bytes, now_ns, ours)
             room_bytes = state.max_bytes - state.unreclaimable_bytes
             wait_ns = min(wait_ns, levels.interval_ns(room_bytes, track.worst_rate_bytes))
             if (

@@ -219,6 +219,23 @@ def test_a_sidecar_that_sits_still_is_left_alone(node, tmp_path):
     assert not node.lines(beside, "braked"), node.log()
 
 
+def test_a_page_of_its_own_that_crosses_the_level_to_which_others_filled_the_pod_is_no_burst(node, tmp_path):
+    pod = node.pod(512, pod_limit_mib=512)
+    stranger = node.container(pod.above, 512, namespace="shop")
+    agent = pod.agent(tmp_path / "session.jsonl", "touch", "--total-mb", "1")
+    neighbour = stranger.agent(tmp_path / "neighbour.json", "touch", "--total-mb", "64")
+    node.daemon()
+    wait_for(lambda: any(line["source"] == "bpf" for line in node.lines(pod, "protecting")))
+    neighbour.go()
+    assert neighbour.stdout.readline() == "burst over\n"
+    held_bytes = cgroup.Memcg(pod.above.path).memory_state().unreclaimable_bytes
+    pod.above.write("memory.max", (held_bytes + (1 << 19)) * 10 // 9)
+    agent.go()
+    assert agent.stdout.readline() == "burst over\n"
+    assert "false alarm" in node.await_line(pod, "thawed")["text"]
+    assert not node.lines(pod, "braked"), node.log()
+
+
 def test_policies_are_read_again(node):
     pod = node.pod(64, namespace="shop")
     pod.start(sys.executable, "-c", "import time; time.sleep(600)")

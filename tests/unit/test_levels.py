@@ -3,7 +3,7 @@
 import pytest
 
 from governor import levels, record
-from governor.levels import Track, interval_ns, level_of
+from governor.levels import Share, Track, interval_ns, level_of
 from governor.record import Levels
 
 MS, SECOND, MIB = 1_000_000, 1_000_000_000, 1 << 20
@@ -31,12 +31,11 @@ def test_a_level_is_left_under_its_release_level_only(ppm, before, level):
     assert level_of(LEVELS, ppm, before) == level
 
 
-def walk(track, sizes_mib, wanted=CALM, step_ns=SECOND, limit=LIMIT, parts_mib=None):
+def walk(track, sizes_mib, wanted=CALM, step_ns=SECOND, limit=LIMIT, ours=True):
     """(level, rising) of what each look reports, None where it reports nothing."""
     seen = []
     for i, size_mib in enumerate(sizes_mib):
-        part_bytes = None if parts_mib is None else int(parts_mib[i] * MIB)
-        found = track.look(wanted, int(size_mib * MIB), limit, (i + 1) * step_ns, part_bytes)
+        found = track.look(wanted, int(size_mib * MIB), limit, (i + 1) * step_ns, ours)
         seen.append(found and (found.level, bool(found.flags & record.RISING)))
     return seen
 
@@ -68,13 +67,28 @@ def test_a_lowered_limit_moves_the_levels_at_once():
 
 def test_growth_of_others_is_not_reported_until_there_is_some_of_ours():
     track = Track()
-    assert walk(track, [500, 910, 920], parts_mib=[300, 300, 301]) == [None, None, None]
-    assert walk(track, [921], parts_mib=[302]) == [(3, True)]
+    assert walk(track, [500, 910, 920], ours=False) == [None, None, None]
+    assert walk(track, [921]) == [(3, True)]
 
 
-def test_a_page_of_ours_beside_the_growth_of_others_since_then_is_not_ours():
-    slow = [899.8, 899.95, 900.1, 900.11]  # under a batch from look to look
-    assert walk(Track(), slow, parts_mib=[300, 300, 300.1, 300.11]) == [None] * 4
+@pytest.mark.parametrize(
+    ("held_mib", "part_mib", "ours"),
+    [
+        pytest.param([500, 910, 920], [300, 300, 301], [False] * 3, id="of others"),
+        pytest.param([500, 910, 920], [300, 710, 720], [False, True, True], id="ours"),
+        pytest.param(
+            [900, 900.5, 901, 901.5, 902, 902.5], [300 + i / 2 for i in range(6)], 2 * [False] + 4 * [True], id="slow"
+        ),
+        pytest.param([900, 899, 899.5, 899], [300, 299.5, 300, 299.5], [False] * 4, id="batches of who sits still"),
+        pytest.param([900, 903, 902.5, 903.1], [300, 300, 299.5, 300], [False] * 4, id="which others throttled"),
+        pytest.param([900, 903, 903.1, 906.1], [300, 303, 303, 303], [False, True, True, False], id="others go on"),
+        pytest.param([900, 880, 884], [300, 280, 284], [False, False, True], id="it gave back before"),
+    ],
+)
+def test_whose_growth_it_is(held_mib, part_mib, ours):
+    share = Share()
+    looks = zip(held_mib, part_mib, strict=True)
+    assert [share.look(int(held * MIB), int(part * MIB)) for held, part in looks] == ours
 
 
 def test_forgotten_levels_are_reported_again_at_the_next_growth():
