@@ -102,6 +102,7 @@ class Actuators:
             limits=limits,
             feed=decisions.feed,
             remembered=lambda: sampling.attribution.descendants(),
+            left_of=sampling.left_of,
             profile=profile,
             program=guard.program,
             resume_path=guard.resume_path,

@@ -12,6 +12,9 @@ in both until one exits; so a child that has not called exec starts with what it
 
 A tree is what descends from a child of the agent, or from a process beside the agent that has no parent in the memcg.
 A process keeps the tree in which it was first seen, whoever adopts it later.
+
+Brakes come in runs, and between two of them little can grow: so beside the growth since the last brake there is that
+since before the first, of who lives.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +36,7 @@ BUDGET_NS = 5_000_000
 BASELINE_NS = 1_000_000_000  # growth is measured against a look at least this old, where there is one
 FLOOR_BYTES = 1 << 20  # less growth than this is noise of the kernel's counters
 SEEN_LIMIT = 10_000  # processes that are followed: where there are more, those seen first and who is charged
+RUN_NS = 60_000_000_000  # brakes closer together are of one run
 TIE_RATIO = 0.9  # of the largest growth: who reaches it is as likely the cause
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _STAT_BYTES = 8192  # memory.stat has half of that
@@ -44,10 +48,13 @@ _History = deque[tuple[int, int]]  # (monotonic ns, bytes), oldest first
 
 @dataclass(slots=True, eq=False)
 class _Tree:
-    """The first process of a tree, which need not live any more."""
+    """The first process of a tree, which need not live any more; the bytes are of this run of brakes."""
 
     key: Key
     of_agent: bool
+    hidden_bytes: int = 0  # that it was charged last for
+    lately_bytes: int = 0  # what it had grown by at the last brake
+    is_shed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +64,7 @@ class _Seen:
     process: Process
     parent_pid: int
     history: _History
+    first_bytes: int  # held before the first of this run of brakes, at birth, or when first seen; -1: not yet
     tree: _Tree | None = None
 
     @property
@@ -101,6 +109,8 @@ class Attribution:
         self._looks: deque[tuple[int, int]] = deque()  # (monotonic ns, clock ticks since boot)
         self._hidden: _History = deque()
         self._asked_ns: int | None = None  # when growth() was, last
+        self._run_ns = 0  # where growth since before the first brake of a run begins
+        self._agent_hidden_bytes = 0  # of this run
         self._first_ticks: int | None = None
         self._resume_pid = 0
         self._known_ratio = 0.0
@@ -146,32 +156,78 @@ class Attribution:
         grown.
         """
         self.look(now_ns, budget_ns, (charging_pid,))
+        start_ns = self._start_ns(now_ns)
+        if self._asked_ns is None or now_ns - self._asked_ns >= RUN_NS:
+            self._begin_run(start_ns)
         charging = self._seen.get(charging_pid) or self._seen.get(_process_of(charging_pid))
-        shares: dict[Key, _Share] = {}
-        for seen in self._seen.values():
-            if seen.tree:
-                share = shares.setdefault(seen.tree.key, _Share(seen.tree))
-                share.grown_bytes += seen.grown_bytes
-                share.members.append(seen)
+        shares = self._shares(lambda seen: seen.grown_bytes)
         agent = self._seen.get(self._agent_pid)
         agent_grown_bytes = agent.grown_bytes if agent else 0
         hidden_bytes = max(0, self._hidden[-1][1] - self._hidden[0][1]) if self._hidden else 0
-        charged = shares.get(charging.tree.key) if charging and charging.tree else None
+        charged = next((share for share in shares if charging and share.tree is charging.tree), None)
         if charged:
             charged.grown_bytes += hidden_bytes
+            charged.tree.hidden_bytes += hidden_bytes
         elif agent and charging is agent:
             agent_grown_bytes += hidden_bytes
-        others_grown_bytes = sum(share.grown_bytes for share in shares.values())
+            self._agent_hidden_bytes += hidden_bytes
+        for share in shares:
+            share.tree.lately_bytes = max(share.grown_bytes, FLOOR_BYTES if share is charged else 0)
+        others_grown_bytes = sum(share.grown_bytes for share in shares)
         outgrown_bytes = others_grown_bytes * (TIE_RATIO if agent and charging is agent else 1)
         if agent_grown_bytes >= max(FLOOR_BYTES, outgrown_bytes):
             culprit = charged if charged and charged.grown_bytes >= TIE_RATIO * agent_grown_bytes else None
         else:
-            culprit = _culprit(list(shares.values()), charged)
-        told = self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns)
+            culprit = _culprit(shares, charged)
+        told = self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns - start_ns)
         self._asked_ns = now_ns
         for history in (self._hidden, *(seen.history for seen in self._seen.values())):
             _forget_old(history, now_ns + BASELINE_NS)
         return told
+
+    def since_first(self, now_ns: int) -> Growth:
+        """Growth since before the first of this run of brakes, of who lives; ask after growth().
+
+        The culprit is the tree that has grown most of those that grew up to the last brake; where none did, of all.
+        """
+        shares = self._shares(lambda seen: max(0, seen.held_bytes - seen.first_bytes))
+        for share in shares:
+            share.grown_bytes += share.tree.hidden_bytes
+        agent = self._seen.get(self._agent_pid)
+        agent_grown_bytes = self._agent_hidden_bytes
+        agent_grown_bytes += max(0, agent.held_bytes - agent.first_bytes) if agent else 0
+        others_grown_bytes = sum(share.grown_bytes for share in shares)
+        culprit = None
+        if agent_grown_bytes < max(FLOOR_BYTES, others_grown_bytes):
+            culprit = _culprit([one for one in shares if one.tree.lately_bytes >= FLOOR_BYTES] or shares, None)
+        return self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns - self._run_ns)
+
+    def shed(self, members: Collection[Key]) -> None:
+        """The trees of these processes are being killed: from now on nothing is put down to them."""
+        for seen in self._seen.values():
+            if seen.tree and _key(seen.process) in members:
+                seen.tree.is_shed = True
+
+    def _begin_run(self, start_ns: int) -> None:
+        self._run_ns, self._agent_hidden_bytes = start_ns, 0
+        for seen in self._seen.values():
+            seen.first_bytes = seen.history[0][1] if seen.history else -1
+            if seen.tree:
+                seen.tree.hidden_bytes = 0
+
+    def _shares(self, grown: Callable[[_Seen], int]) -> list[_Share]:
+        shares: dict[Key, _Share] = {}
+        for seen in self._seen.values():
+            if seen.tree and not seen.tree.is_shed:
+                share = shares.setdefault(seen.tree.key, _Share(seen.tree))
+                share.grown_bytes += grown(seen)
+                share.members.append(seen)
+        return list(shares.values())
+
+    def _start_ns(self, now_ns: int) -> int:
+        """Where the growth up to now began: later than for whom no look had time."""
+        starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
+        return min(now_ns, max(min(starts, default=now_ns), self._asked_ns or 0))
 
     def descendants(self) -> tuple[Key, ...]:
         """The living processes that descend from the agent as far as was seen, without the agent itself."""
@@ -196,10 +252,9 @@ class Attribution:
             found.append(Held(pid, seen.process.comm, end_bytes, growth_bytes, pid == self._agent_pid, of_agent))
         return sorted(found, key=lambda one: (-one.growth_bytes, -one.held_bytes, one.pid))
 
-    def _told(self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, now_ns: int) -> Growth:
-        starts = [seen.history[0][0] for seen in self._seen.values() if seen.history]
-        start_ns = max(min(starts, default=now_ns), self._asked_ns or 0)  # later than for whom no look had time
-        window_ns = max(0, now_ns - start_ns)
+    def _told(
+        self, culprit: _Share | None, agent_grown_bytes: int, others_grown_bytes: int, window_ns: int
+    ) -> Growth:
         if culprit is None:
             return Growth(0, 0, "", 0, 0, agent_grown_bytes, others_grown_bytes, window_ns, self._known_ratio)
         root = self._seen.get(culprit.tree.key[0])
@@ -255,15 +310,17 @@ class Attribution:
             return
         seen, unchanged = self._seen.get(pid), False
         if seen is None or seen.process.start_ticks != process.start_ticks:
-            seen = self._seen[pid] = _Seen(process, process.parent_pid, self._born(process))
+            history = self._born(process)
+            seen = self._seen[pid] = _Seen(process, process.parent_pid, history, history[0][1] if history else -1)
         elif seen.history and seen.process.rss_bytes == process.rss_bytes:
             unchanged = True  # one read is enough
         elif seen.process.forked_only and not process.forked_only:  # a new image holds nothing of the old one
-            seen.history = deque([(now_ns, 0)])
+            seen.history, seen.first_bytes = deque([(now_ns, 0)]), 0
         seen.process = process
         held_bytes = seen.held_bytes if unchanged else anonymous_bytes(pid)
         if held_bytes is not None:
             seen.history.append((now_ns, held_bytes))
+            seen.first_bytes = held_bytes if seen.first_bytes < 0 else seen.first_bytes
             _forget_old(seen.history, now_ns)
 
     def _born(self, process: Process) -> _History:

@@ -74,6 +74,7 @@ class Executor:
     limits: Limits
     feed: Callable[[model.Event], None]
     remembered: Callable[[], Collection[tuple[int, int]]]  # what ever descended from the agent, adopted or not
+    left_of: Callable[[Collection[tuple[int, int]]], model.Growth]  # how others grew, once these are shed
     deliveries: Deliveries
     archiving: Archiving
     recycle: Recycle
@@ -206,10 +207,10 @@ class Executor:
         culprit, agent_pid = (shed.culprit_pid, shed.culprit_start_ticks), self.agent.pid
         self._kill(
             lambda: processes.kill_tree(self.cgroup, *culprit, (agent_pid,), shed.members, agent_pid),
-            lambda killed: self._was_shed(killed, state),
+            lambda killed: self._was_shed(killed, shed, state),
         )
 
-    def _was_shed(self, killed: _Killed | None, state: model.State) -> None:
+    def _was_shed(self, killed: _Killed | None, shed: model.Shed, state: model.State) -> None:
         if killed is None:
             return  # what memory does shows whether it helped
         self.note(
@@ -217,10 +218,10 @@ class Executor:
             f"SIGKILL to {killed if killed.number else 'nobody: it had ended'}",
             pids=[pid for pid, *_ in killed.first],
         )
-        self.feed(model.Shedded(killed.number))
+        self.feed(model.Shedded(killed.number, self.left_of(shed.members)))
         if killed.number:
-            growth, max_bytes = (state.held.growth, state.held.state.max_bytes) if state.held else (None, 0)
-            text = told.of_a_shed([comm for _, comm, _ in killed.first], growth, max_bytes, killed.more)
+            max_bytes = state.held.state.max_bytes if state.held else 0
+            text = told.of_a_shed([comm for _, comm, _ in killed.first], shed, max_bytes, killed.more)
             self.note_told(text)
             if self.policy.shed.tell:
                 self.deliveries.tell(text)

@@ -16,6 +16,7 @@ from governor.model import (
     Phase,
     Prolong,
     Shed,
+    Shedded,
     Squeeze,
     State,
     Status,
@@ -41,13 +42,6 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     """Archive, and shed where it is clear whom; who was told to end, and is braked again, is killed."""
     if state.phase is Phase.TERMINATING:
         return _kill(state, f"again at {percent(event.state)} of max before the agent had ended")
-    if state.held:
-        enough_bytes = int(policy.shed.grown_ratio * event.state.max_bytes)
-        growth = _together(state.held.growth, event.growth, enough_bytes)
-        if state.shed_tried:
-            is_recent = since(state.held_ns, now_ns) < MINUTE
-            growth = _after_a_shed(state.held.growth, event.growth, enough_bytes) if is_recent else event.growth
-        event = replace(event, growth=growth)
     again = state.phase is Phase.PROBATION and _is_late(state.held, policy)
     # A loan that ended before its archive did decided nothing: then the second brake is the last.
     room = _has_room(event, policy, again) and (not again or state.archived)
@@ -61,7 +55,6 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
         held_ns=now_ns,
         archived=False,
         shed_ns=None,
-        shed_tried=False,
         must_terminate=again and (not room or bool(forbidden)),
         compact=tiers.queued(tiers.disturbed(state.compact), policy.compact, memory, now_ns),
     )
@@ -69,45 +62,11 @@ def braked(state: State, event: Braked, now_ns: int, policy: Policy) -> Step:
     if room and not again:
         return state, (Archive(where),)
     if (shed := _shed(event, policy)) and not is_vetoed(state, now_ns):
-        return replace(state, shed_ns=now_ns, shed_tried=True), (Archive(where), shed)
+        return _shedding(state, now_ns), (Archive(where), shed)
     if forbidden or room:
         return state, (Archive(where),)
     hold = Prolong(policy.archive.deadline_ns + policy.archive.deadline_ns // 2)
     return state, (Archive(where), hold, Warn("terminate", 0, where))
-
-
-def _together(before: Growth | None, now: Growth | None, enough_bytes: int) -> Growth | None:
-    """Growth up to the last brake and since: between two brakes a frozen or throttled tool grows little.
-
-    Since then alone, where another tool was charged and all of them have grown by `enough_bytes`.
-    """
-    if before is None or now is None or not before.culprit_pid:
-        return now
-    is_same = (now.culprit_pid, now.culprit_start_ticks) == (before.culprit_pid, before.culprit_start_ticks)
-    if now.culprit_pid and not is_same and now.others_grown_bytes >= enough_bytes:
-        return now
-    return replace(
-        now if is_same else before,
-        grown_bytes=before.grown_bytes + (now.grown_bytes if is_same else 0),
-        agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
-        others_grown_bytes=before.others_grown_bytes + now.others_grown_bytes,
-        window_ns=before.window_ns + now.window_ns,
-    )
-
-
-def _after_a_shed(before: Growth | None, now: Growth | None, enough_bytes: int) -> Growth | None:
-    """Growth since, and where that is little what the others had grown by.
-
-    No more can grow up to the next brake than the shed tool gave back.
-    """
-    if before is None or now is None or now.others_grown_bytes >= enough_bytes:
-        return now
-    left_bytes = max(0, before.others_grown_bytes - max(before.grown_bytes, before.held_bytes))
-    return replace(
-        now,
-        agent_grown_bytes=before.agent_grown_bytes + now.agent_grown_bytes,
-        others_grown_bytes=left_bytes + now.others_grown_bytes,
-    )
 
 
 def _is_late(held: Braked | None, policy: Policy) -> bool:
@@ -152,17 +111,45 @@ def _by_now(held: Braked, memory: MemoryState, policy: Policy) -> Braked:
 
 
 def _shed(held: Braked, policy: Policy) -> Shed | None:
-    """The tree to shed: it grew enough to matter, and the agent's own share did not."""
-    growth = held.growth
-    if growth is None or not growth.culprit_pid or not policy.shed.enabled:
-        return None
-    by_tools_bytes = growth.others_grown_bytes  # of eight that burst together, one is shed at a time
-    enough = by_tools_bytes >= policy.shed.grown_ratio * held.state.max_bytes
-    if not enough or not growth.grown_bytes or growth.agent_grown_bytes * _OWN_SHARE > by_tools_bytes:
-        return None
-    grown_mib = growth.grown_bytes >> 20
-    reason = f"{growth.culprit_comm} (process {growth.culprit_pid}) grew by {grown_mib} MiB, the agent did not"
-    return Shed(growth.culprit_pid, growth.culprit_start_ticks, growth.members, reason)
+    """The tree to shed: it grew enough to matter, and the agent's own share did not.
+
+    Since the last brake, or where that does not say it, since before the first: in between little could grow.
+    """
+    for growth in (held.growth, held.since_first):
+        if growth and growth.culprit_pid and policy.shed.enabled:
+            by_tools_bytes = growth.others_grown_bytes  # of eight that burst together, one is shed at a time
+            is_enough = growth.grown_bytes and by_tools_bytes >= policy.shed.grown_ratio * held.state.max_bytes
+            if is_enough and growth.agent_grown_bytes * _OWN_SHARE <= by_tools_bytes:
+                return _of(growth)
+    return None
+
+
+def _of(growth: Growth) -> Shed:
+    name, pid, ticks = growth.culprit_comm, growth.culprit_pid, growth.culprit_start_ticks
+    reason = f"{name} (process {pid}) grew by {growth.grown_bytes >> 20} MiB, the agent did not"
+    return Shed(pid, ticks, growth.members, reason, growth.grown_bytes, growth.window_ns)
+
+
+def _shedding(state: State, now_ns: int) -> State:
+    """Until it is known how those who are left had grown, nobody else is shed."""
+    assert state.held
+    return replace(state, shed_ns=now_ns, held=replace(state.held, growth=None, since_first=None))
+
+
+def shedded(state: State, event: Shedded, now_ns: int, policy: Policy) -> Step:
+    """What is left may grow as well; where nobody was killed, that is shed at once."""
+    assert state.held
+    state = replace(state, held=replace(state.held, since_first=event.left))
+    return (state, ()) if event.killed else _shed_another(state, None, now_ns, policy)
+
+
+def _shed_another(state: State, memory: MemoryState | None, now_ns: int, policy: Policy) -> Step:
+    """One was not enough: the next, if there is one, else what follows a brake."""
+    assert state.held
+    if not is_vetoed(state, now_ns) and (shed := _shed(state.held, policy)):
+        return _shedding(state, now_ns), (Prolong(2 * _SHED_SHOWS_NS), shed)
+    state = replace(state, shed_ns=None, must_terminate=True)
+    return decide(state, memory, now_ns, policy) if state.archived else (state, ())
 
 
 def while_held(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
@@ -174,8 +161,7 @@ def while_held(state: State, memory: MemoryState, now_ns: int, policy: Policy) -
             return _probation(state, memory, now_ns, policy, "the tool that burst is gone")
         if not waited:
             return state, ()
-        state = replace(state, shed_ns=None, must_terminate=True)
-        return decide(state, memory, now_ns, policy) if state.archived else (state, ())
+        return _shed_another(state, memory, now_ns, policy)
     if not state.archived and since(state.held_ns, now_ns) >= 2 * policy.archive.deadline_ns:
         return decide(replace(state, archived=True), memory, now_ns, policy)
     return state, ()
@@ -203,8 +189,8 @@ def decide(state: State, fresh: MemoryState | None, now_ns: int, policy: Policy)
     # Where nobody is held, memory falls and rises by itself.
     if recovered or (room and (not state.must_terminate or (fell and policy.brakes))):
         return _probation(state, memory, now_ns, policy, "archived, and there is room")
-    if not state.shed_tried and not is_vetoed(state, now_ns) and (shed := _shed(held, policy)):
-        return replace(state, shed_ns=now_ns, shed_tried=True), (shed,)
+    if not is_vetoed(state, now_ns) and (shed := _shed(held, policy)):
+        return _shedding(state, now_ns), (shed,)
     why = "it did not end by itself" if state.must_terminate else "no room to let it run on"
     if forbidden := why_forbidden(state, now_ns, policy):
         state, thaw = _probation(state, memory, now_ns, policy, forbidden)

@@ -101,6 +101,7 @@ class Braked:
     frozen: bool
     growth: Growth | None = None
     fill_rate_bytes: int | None = None  # growth per second, over a few milliseconds
+    since_first: Growth | None = None  # of who lives, since before the first of a run of brakes; None: this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +152,10 @@ class Reachable:
 
 @dataclass(frozen=True, slots=True)
 class Shedded:
-    """The bursting tree was killed, or was not there any more (0)."""
+    """The bursting tree was killed, or was not there any more (0); how those who are left had grown."""
 
     killed: int
+    left: Growth | None = None  # since before the first of a run of brakes
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +287,8 @@ class Shed:
     culprit_start_ticks: int
     members: tuple[tuple[int, int], ...]  # of the tree that another process has adopted meanwhile
     reason: str
+    grown_bytes: int = 0
+    window_ns: int = 0  # in this time; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +376,6 @@ class State:
     archived: bool = False  # since the last brake
     must_terminate: bool = False
     shed_ns: int | None = None
-    shed_tried: bool = False  # since the last brake
     probation_ns: int | None = None  # its begin
     terminated_ns: int | None = None  # SIGTERM: the grace counts from here
     signalled: bool = False  # SIGTERM was sent

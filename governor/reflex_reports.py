@@ -133,9 +133,12 @@ class ReflexReports:
         self._held_ns = braked.frozen_ns
         self._note_braked(braked)
         trend = self.sampling.rate_bytes if braked.trend_bytes < 0 else braked.trend_bytes
-        growth = self.sampling.attribution.growth(time.monotonic_ns(), braked.charging_pid, _HELD_BUDGET_NS)
+        now_ns, attribution = time.monotonic_ns(), self.sampling.attribution
+        growth = attribution.growth(now_ns, braked.charging_pid, _HELD_BUDGET_NS)
+        since_first = attribution.since_first(now_ns)
         rate = None if braked.fill_rate_bytes < 0 else braked.fill_rate_bytes
-        self.decisions.feed(model.Braked(braked.state, trend, braked.frozen, growth, rate))
+        since = None if since_first == growth else since_first
+        self.decisions.feed(model.Braked(braked.state, trend, braked.frozen, growth, rate, since))
 
     def _note_braked(self, braked: link.Braked) -> None:
         took = (

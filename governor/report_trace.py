@@ -180,6 +180,8 @@ def _values(step: Step, policy: Policy) -> str:
             if growth:
                 least = size(policy.shed.grown_ratio * memory.max_bytes)
                 told.append(f"{of_growth(growth)} (a tool is shed from {least} on)")
+            if step.event.since_first:
+                told.append(f"since before the first brake {of_growth(step.event.since_first)}")
     for each in step.instructions:
         match each:
             case model.Deliver(tier=tier):

@@ -5,6 +5,9 @@ Whose growth it is, what the kernel's OOM killer took, and a person's veto are l
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
+
 from governor import model
 from governor.actions.processes import peak_anonymous_bytes
 from governor.agent_process import AgentProcess
@@ -112,6 +115,11 @@ class Sampling:
             self._note("unreadable", "the memory of this memcg cannot be read: nothing is decided until it can")
         self._unreadable = True
         self._decisions.feed(model.Sampled(None, boottime_ns()))
+
+    def left_of(self, shed: Collection[tuple[int, int]]) -> model.Growth:
+        """How the others have grown in this run of brakes, now that these processes are being killed."""
+        self.attribution.shed(shed)
+        return self.attribution.since_first(time.monotonic_ns())
 
     def what_killed(self, now_ns: int) -> str:
         """By which kind of OOM kill a process that ended now can have ended; "" for none."""

@@ -22,7 +22,7 @@ from governor.codec import plain, restored
 from governor.model import Braked, State, TierState
 from governor.pods import place_of
 
-VERSION = 3
+VERSION = 4
 _LIMIT_BYTES = 1 << 20
 _ABSENT_S = 86400.0  # what is younger may be of a governor that sees other cgroups
 _BESIDE = re.compile(r"\.(?:state-.*\.json|mem_governor_state)\.(\d+)")

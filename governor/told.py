@@ -12,7 +12,7 @@ from pathlib import Path
 
 from governor import instance
 from governor.journal import printable
-from governor.model import Growth
+from governor.model import Growth, Shed
 
 _KEEP = 20
 _LIMIT_BYTES = 64 << 10
@@ -26,7 +26,7 @@ def path_for(cgroup_id: int, directory: Path | None = None) -> Path:
     return (directory or instance.run_directory()) / f"memcg-{cgroup_id}.told"
 
 
-def of_a_shed(killed: list[str], growth: Growth | None, max_bytes: int, more: int = 0) -> str:
+def of_a_shed(killed: list[str], growth: Growth | Shed | None, max_bytes: int, more: int = 0) -> str:
     """What an agent should know of a tool that was killed: who (and how many more), how fast it grew, what to do."""
     who = ", ".join(_STRANGE.sub("_", name)[:_NAME_LIMIT] or "_" for name in killed)
     who += f" and {more} more" if more else ""

@@ -177,6 +177,31 @@ def test_a_fork_is_not_blamed_for_what_it_shares_with_its_parent(puppets):
     assert grown.culprit_pid == worker and 25 * MIB < grown.grown_bytes < 60 * MIB
 
 
+def test_growth_since_before_the_first_of_a_run_of_brakes(puppets, family):
+    agent, tool, compiler, looked = family
+    puppets.tell(tool, "grow", 30)
+    first = looked.growth(2 * SECOND, tool, SECOND)
+    assert looked.since_first(2 * SECOND) == first
+    later = puppets.tell(agent, "spawn")
+    puppets.hold(agent, tool, compiler, later)
+    puppets.tell(later, "grow", 10)
+    looked.growth(5 * SECOND, later, SECOND)
+    since = looked.since_first(5 * SECOND)
+    assert since.culprit_pid == later and since.grown_bytes > 9 * MIB  # the other one stands still
+    assert since.others_grown_bytes > 40 * MIB
+    puppets.tell(tool, "grow", 5)
+    puppets.tell(later, "grow", 2)
+    assert looked.growth(8 * SECOND, 0, SECOND).grown_bytes < 20 * MIB
+    since = looked.since_first(8 * SECOND)
+    assert since.culprit_pid == tool and 34 * MIB < since.grown_bytes < 60 * MIB
+    assert since.window_ns == 8 * SECOND and since.agent_grown_bytes < MIB
+    looked.shed(since.members)
+    left = looked.since_first(8 * SECOND)
+    assert left.culprit_pid == later and left.others_grown_bytes == left.grown_bytes
+    puppets.tell(later, "grow", 4)
+    assert looked.growth(100 * SECOND, later, SECOND) == looked.since_first(100 * SECOND)
+
+
 def test_an_adopted_grandchild_stays_in_its_tree(puppets, family):
     agent, tool, compiler, looked = family
     puppets.tell(tool, "die")

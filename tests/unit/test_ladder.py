@@ -66,13 +66,14 @@ def memory(ratio, max_bytes=1000 * MIB, file_bytes=0):
     return MemoryState(int(ratio * max_bytes) + file_bytes, max_bytes, 0, file_bytes, 0)
 
 
-def braked(ratio, rate_mib=1000, frozen=True, growth=None):
-    return Braked(memory(ratio), None if rate_mib is None else rate_mib * MIB, frozen, growth)
+def braked(ratio, rate_mib=1000, frozen=True, growth=None, since_first=None):
+    rate_bytes = None if rate_mib is None else rate_mib * MIB
+    return Braked(memory(ratio), rate_bytes, frozen, growth, since_first=since_first)
 
 
-def tool(grown_mib=300, agent_mib=0):
+def tool(grown_mib=300, agent_mib=0, pid=77):
     grown_bytes = grown_mib * MIB
-    return Growth(77, 1234, "make", grown_bytes, grown_bytes, agent_mib * MIB, grown_bytes, SECOND, 1.0)
+    return Growth(pid, 1234, "make", grown_bytes, grown_bytes, agent_mib * MIB, grown_bytes, SECOND, 1.0)
 
 
 class Run:
@@ -215,27 +216,24 @@ def test_a_tool_with_room_gets_a_probation_first():
     assert run.then(braked(0.94, 10, growth=tool())).names()[-1] == "Shed"
 
 
-def test_a_tool_that_was_let_run_on_is_shed_although_it_grew_little_since():
-    run = Run().then(braked(0.91, 10, growth=tool(300)), Archived(True), braked(0.94, growth=tool(20)))
-    assert run.names() == ["Archive", "Thaw", "Archive", "Shed"]
-    assert "grew by 320 MiB" in run.last(Shed).reason
+NOBODYS = tool(grown_mib=0, agent_mib=2, pid=0)
 
 
-@pytest.mark.parametrize(
-    "since", [tool(grown_mib=5, agent_mib=2), replace(tool(grown_mib=0, agent_mib=2), culprit_pid=0)]
-)
-def test_a_tool_that_was_held_back_between_two_brakes_is_known_by_its_growth_before_the_first(since):
+@pytest.mark.parametrize("lately", [tool(grown_mib=5, agent_mib=2), NOBODYS])
+@pytest.mark.parametrize(("agent_mib", "is_shed"), [(75, True), (76, False)])
+def test_a_tool_that_was_held_back_between_two_brakes_is_known_by_its_growth_before_the_first(
+    lately, agent_mib, is_shed
+):
     run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
-    assert run.then(braked(0.94, 10, growth=since)).names()[-1] == "Shed"
-    run = Run().then(braked(0.91, 10, growth=tool()), Archived(True))
-    agents_own = replace(since, agent_grown_bytes=200 * MIB)
-    assert "Shed" not in run.then(braked(0.94, 10, growth=agents_own), Archived(True)).names()
+    run.then(braked(0.94, 10, growth=lately, since_first=tool(300, agent_mib)), Archived(True))
+    assert ("Shed" in run.names()) == is_shed
+    assert not is_shed or "grew by 300 MiB" in run.last(Shed).reason
 
 
-@pytest.mark.parametrize(("since_mib", "culprit_pid"), [(20, 77), (100, 78)])
-def test_another_tool_is_shed_for_what_it_grew_by_since_the_last_brake_if_that_is_enough(since_mib, culprit_pid):
+@pytest.mark.parametrize(("lately_mib", "culprit_pid"), [(20, 77), (100, 78)])
+def test_another_tool_is_shed_for_what_it_grew_by_since_the_last_brake_if_that_is_enough(lately_mib, culprit_pid):
     run = Run().then(braked(0.91, 10, growth=tool(300)), Archived(True))
-    run.then(braked(0.94, 10, growth=replace(tool(since_mib), culprit_pid=78)))
+    run.then(braked(0.94, 10, growth=tool(lately_mib, pid=78), since_first=tool(300)))
     assert run.last(Shed).culprit_pid == culprit_pid
 
 
@@ -252,32 +250,23 @@ def test_growth_that_is_not_clearly_a_tools_is_not_shed(growth):
     assert "Shed" not in Run().then(braked(0.95, 2000, growth=growth), Archived(True)).names()
 
 
-@pytest.mark.parametrize(("before_mib", "agent_mib", "step"), [(0, 0, "Shed"), (0, 100, "Warn"), (75, 25, "Warn")])
-def test_of_many_tools_the_next_is_shed_though_no_more_could_grow_than_the_one_before_gave_back(
-    before_mib, agent_mib, step
-):
-    of_eight = replace(tool(40, before_mib), others_grown_bytes=320 * MIB)
-    run = Run().then(braked(0.95, 2000, growth=of_eight), Archived(True), Shedded(1)).at(0.89, 2)
-    assert run.names() == ["Archive", "Shed", "Thaw"]
-    next_one = replace(tool(5), culprit_pid=78, others_grown_bytes=30 * MIB, agent_grown_bytes=agent_mib * MIB)
-    assert run.then(braked(0.95, 2000, growth=next_one)).names()[-1] == step
+def test_of_many_tools_the_next_is_shed_where_one_was_not_enough():
+    run = Run().then(braked(0.98, 2000, growth=tool(100)), Archived(True), Shedded(1, tool(60, pid=78))).at(0.93, 1.5)
+    assert run.names() == ["Archive", "Shed", "Prolong", "Shed"]
+    assert run.last(Shed).culprit_pid == 78
+    run.then(Shedded(1, tool(20, pid=79))).at(0.91, 3)
+    assert run.names()[4:] == ["Terminate"]  # what is left of the tools grew too little
 
 
-def test_what_the_agent_and_a_shed_tool_grew_by_says_nothing_of_a_tool_that_bursts_after_it():
-    run = Run().then(braked(0.95, 2000, growth=tool(300, agent_mib=60)), Archived(True), Shedded(1)).at(0.7, 2)
-    assert run.then(braked(0.95, 2000, growth=replace(tool(200), culprit_pid=78))).last(Shed).culprit_pid == 78
+def test_of_many_tools_the_next_is_shed_where_one_was_not_there_any_more():
+    run = Run().then(braked(0.95, 2000, growth=tool(100)), Shedded(0, tool(60, pid=78)), Archived(True))
+    assert run.names() == ["Archive", "Shed", "Prolong", "Shed"]
+    assert run.then(Shedded(1)).at(0.8).names()[-1] == "Thaw"
 
 
-def test_what_tools_had_grown_by_does_not_outlive_them_nor_the_burst():
-    of_two = replace(tool(40), others_grown_bytes=100 * MIB)
-    little = replace(tool(5), culprit_pid=78, held_bytes=60 * MIB)
-    run = Run().then(braked(0.95, 2000, growth=of_two), Archived(True), Shedded(1)).at(0.89, 2)
-    run.then(braked(0.95, 2000, growth=little)).last(Shed)
-    run.then(Archived(True), Shedded(1)).at(0.89, 2)
-    run.then(braked(0.95, 2000, growth=replace(little, culprit_pid=79)), Archived(True))
-    assert [i.culprit_pid for i in run.told if isinstance(i, Shed)] == [77, 78]
-    run = Run().then(braked(0.95, 2000, growth=of_two), Archived(True), Shedded(1)).at(0.87, 120)
-    assert run.then(braked(0.95, 2000, growth=little), Archived(True)).names()[-1] == "Terminate"
+def test_until_it_is_known_who_is_left_nobody_else_is_shed():
+    run = Run().then(braked(0.95, 2000, growth=tool(), since_first=tool(pid=78)), Archived(True)).at(0.95, 3)
+    assert run.names() == ["Archive", "Shed", "Terminate"]
 
 
 @pytest.mark.parametrize(("fresh", "phase"), [(0.98, Phase.TERMINATING), (0.852, Phase.PROBATION)])
@@ -777,7 +766,7 @@ held_bytes = st.sampled_from([0, 100 * MIB, 700 * MIB])
 events = st.one_of(
     st.builds(Sampled, st.one_of(st.none(), memories), st.just(-1), held_bytes, held_bytes),
     st.builds(Ready, st.one_of(st.none(), memories), held_bytes),
-    st.builds(braked, ratios, st.one_of(st.none(), st.integers(0, 100_000)), st.booleans(), growths),
+    st.builds(braked, ratios, st.one_of(st.none(), st.integers(0, 100_000)), st.booleans(), growths, growths),
     st.builds(Archived, st.booleans(), st.one_of(st.none(), memories)),
     st.builds(
         Answered,
@@ -785,7 +774,7 @@ events = st.one_of(
         st.sampled_from([Status.DELIVERED, Status.DEFERRED, Status.FAILED, Status.EXPIRED]),
         st.one_of(st.none(), memories),
     ),
-    st.builds(Shedded, st.integers(0, 2)),
+    st.builds(Shedded, st.integers(0, 2), growths),
     st.builds(model.Reachable, st.sampled_from(Tier), st.booleans()),
     st.builds(Vetoed, st.sampled_from([0, 100 * SECOND])),
     st.sampled_from([StillGrowing(), Thawed(), Signalled(), AgentEnded(), Stalled()]),
@@ -923,6 +912,7 @@ def sample_events():
         Archived(True),
         Archived(True, memory(0.3)),
         Shedded(0),
+        Shedded(0, tool()),
         StillGrowing(),
         Thawed(),
         Signalled(),
