@@ -48,12 +48,11 @@ _History = deque[tuple[int, int]]  # (monotonic ns, bytes), oldest first
 
 @dataclass(slots=True, eq=False)
 class _Tree:
-    """The first process of a tree, which need not live any more; the bytes are of this run of brakes."""
+    """The first process of a tree, which need not live any more."""
 
     key: Key
     of_agent: bool
-    hidden_bytes: int = 0  # that it was charged last for
-    lately_bytes: int = 0  # what it had grown by at the last brake
+    hidden_bytes: int = 0  # put to it in this run of brakes
     is_shed: bool = False
 
 
@@ -110,7 +109,8 @@ class Attribution:
         self._hidden: _History = deque()
         self._asked_ns: int | None = None  # when growth() was, last
         self._run_ns = 0  # where growth since before the first brake of a run begins
-        self._agent_hidden_bytes = 0  # of this run
+        self._agent_hidden_bytes = 0  # put to the agent in this run
+        self._run_hidden_bytes = 0  # of all, before it
         self._first_ticks: int | None = None
         self._resume_pid = 0
         self._known_ratio = 0.0
@@ -171,8 +171,6 @@ class Attribution:
         elif agent and charging is agent:
             agent_grown_bytes += hidden_bytes
             self._agent_hidden_bytes += hidden_bytes
-        for share in shares:
-            share.tree.lately_bytes = max(share.grown_bytes, FLOOR_BYTES if share is charged else 0)
         others_grown_bytes = sum(share.grown_bytes for share in shares)
         outgrown_bytes = others_grown_bytes * (TIE_RATIO if agent and charging is agent else 1)
         if agent_grown_bytes >= max(FLOOR_BYTES, outgrown_bytes):
@@ -186,34 +184,34 @@ class Attribution:
         return told
 
     def since_first(self, now_ns: int) -> Growth:
-        """Growth since before the first of this run of brakes, of who lives; ask after growth().
-
-        The culprit is the tree that has grown most of those that grew up to the last brake; where none did, of all.
-        """
+        """Growth since before the first of this run of brakes, of who lives; ask after growth()."""
         shares = self._shares(lambda seen: max(0, seen.held_bytes - seen.first_bytes))
+        put_bytes = self._agent_hidden_bytes + sum(share.tree.hidden_bytes for share in shares)
+        left_bytes = self._hidden[-1][1] - self._run_hidden_bytes if self._hidden else 0
+        kept_ratio = min(1.0, max(0, left_bytes) / max(1, put_bytes))  # of tmpfs some may be given back
         for share in shares:
-            share.grown_bytes += share.tree.hidden_bytes
+            share.grown_bytes += int(share.tree.hidden_bytes * kept_ratio)
         agent = self._seen.get(self._agent_pid)
-        agent_grown_bytes = self._agent_hidden_bytes
+        agent_grown_bytes = int(self._agent_hidden_bytes * kept_ratio)
         agent_grown_bytes += max(0, agent.held_bytes - agent.first_bytes) if agent else 0
         others_grown_bytes = sum(share.grown_bytes for share in shares)
-        culprit = None
-        if agent_grown_bytes < max(FLOOR_BYTES, others_grown_bytes):
-            culprit = _culprit([one for one in shares if one.tree.lately_bytes >= FLOOR_BYTES] or shares, None)
+        is_agents = agent_grown_bytes >= max(FLOOR_BYTES, others_grown_bytes)
+        culprit = None if is_agents else _culprit(shares, None)
         return self._told(culprit, agent_grown_bytes, others_grown_bytes, now_ns - self._run_ns)
 
     def shed(self, members: Collection[Key]) -> None:
-        """The trees of these processes are being killed: from now on nothing is put down to them."""
+        """The trees of these processes are being killed: nothing more is put down to them in this run."""
         for seen in self._seen.values():
             if seen.tree and _key(seen.process) in members:
                 seen.tree.is_shed = True
 
     def _begin_run(self, start_ns: int) -> None:
         self._run_ns, self._agent_hidden_bytes = start_ns, 0
+        self._run_hidden_bytes = self._hidden[0][1] if self._hidden else 0
         for seen in self._seen.values():
             seen.first_bytes = seen.history[0][1] if seen.history else -1
             if seen.tree:
-                seen.tree.hidden_bytes = 0
+                seen.tree.hidden_bytes, seen.tree.is_shed = 0, False
 
     def _shares(self, grown: Callable[[_Seen], int]) -> list[_Share]:
         shares: dict[Key, _Share] = {}

@@ -67,8 +67,12 @@ class Braking:
         is_anothers = found.cgroup_id != governed.limits.cgroup_id and not governed.limits.is_ours
         if is_anothers or state.unreclaimable_bytes < (level_ppm / PPM - CONFIRM_SLACK_RATIO) * state.max_bytes:
             governed.knobs.lift_high()
-            self.verify(governed, hear_again=True)
-            governed.poll.hurry(found.ktime_ns)  # the kernel's bound is useless here for a while
+            if not is_anothers:  # whose next page would be another false alarm
+                self.verify(governed, hear_again=True)
+            # The kernel's bound is useless here for a while, or whoever grows was not heard.
+            for one in {governed, *self._watches.watchers(found.cgroup_id)}:
+                one.poll.hurry(found.ktime_ns)
+                self.plan(one)
             self._thaw(governed, link.FALSE_ALARM)
             return
         if frozen_ns:

@@ -100,9 +100,6 @@ TRANSITIONS = (
     Transition(_H, Archived, "it grew on although frozen, and the growth is a tool's", _H, (Shed,)),
     Transition(_H, Archived, "no room, or it grew on although frozen", _T, (Terminate,)),
     Transition(_H, Archived, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
-    Transition(_H, Shedded, "nothing was there to be killed, another grew", _H, (Prolong, Shed)),
-    Transition(_H, Shedded, "nothing was there to be killed, archived", _T, (Terminate,)),
-    Transition(_H, Shedded, "as above, and policy or a veto forbids it", _P, (Thaw, NothingLeft)),
     Transition(_H, Sampled, "the tool's memory came back", _P, (Thaw,)),
     Transition(_H, Sampled, "it did not come back, or was not enough, and another grew", _H, (Prolong, Shed)),
     Transition(_H, Sampled, "no archive came, and the growth is a tool's", _H, (Shed,)),
@@ -157,7 +154,7 @@ def step(state: State, event: Event, now_ns: int, policy: Policy) -> Step:
                 return state, ()
             return ladder_brake.decide(state, event.state, now_ns, policy)
         case Shedded() if state.phase is Phase.HELD and state.shed_ns is not None:
-            return ladder_brake.shedded(state, event, now_ns, policy)
+            return ladder_brake.shedded(state, event, now_ns), ()
         case Thawed() if state.phase is Phase.HELD:
             return ladder_brake.running(state, now_ns), ()
         case Signalled(state=memory) if state.phase is Phase.TERMINATING:

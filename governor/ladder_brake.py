@@ -30,6 +30,7 @@ from governor.record import PPM
 from governor.tiers import since
 
 _SHED_SHOWS_NS = SECOND  # by then the memory of a killed tree is given back
+_SHEDS_NS = 3 * SECOND  # the last one of a hold begins before that
 _OWN_SHARE = 4  # a burst is a tool's if the agent's own growth is at most a quarter of it
 _HIGHEST_RATIO = 0.99  # a brake is never set above
 _TREND_NS = 250 * MS  # what a trend is of at least: charge.bpf.c's and the polling's
@@ -130,25 +131,26 @@ def _of(growth: Growth) -> Shed:
     return Shed(pid, ticks, growth.members, reason, growth.grown_bytes, growth.window_ns)
 
 
-def _shedding(state: State, now_ns: int) -> State:
-    """Until it is known how those who are left had grown, nobody else is shed."""
+def _shedding(state: State, now_ns: int | None) -> State:
+    """From `now_ns` on; until it is known how those who are left had grown, nobody else is shed."""
     assert state.held
     return replace(state, shed_ns=now_ns, held=replace(state.held, growth=None, since_first=None))
 
 
-def shedded(state: State, event: Shedded, now_ns: int, policy: Policy) -> Step:
-    """What is left may grow as well; where nobody was killed, that is shed at once."""
+def shedded(state: State, event: Shedded, now_ns: int) -> State:
+    """What is left may grow as well; where nobody was killed, the next look shows what follows."""
     assert state.held
-    state = replace(state, held=replace(state.held, since_first=event.left))
-    return (state, ()) if event.killed else _shed_another(state, None, now_ns, policy)
+    shed_ns = state.shed_ns if event.killed else now_ns - _SHED_SHOWS_NS
+    return replace(state, shed_ns=shed_ns, held=replace(state.held, since_first=event.left))
 
 
-def _shed_another(state: State, memory: MemoryState | None, now_ns: int, policy: Policy) -> Step:
-    """One was not enough: the next, if there is one, else what follows a brake."""
+def _shed_another(state: State, memory: MemoryState, now_ns: int, policy: Policy) -> Step:
+    """One was not enough: the next, if there is one and it is not held too long, else what follows a brake."""
     assert state.held
-    if not is_vetoed(state, now_ns) and (shed := _shed(state.held, policy)):
+    is_in_time = since(state.held_ns, now_ns) < _SHEDS_NS and not is_vetoed(state, now_ns)
+    if is_in_time and (shed := _shed(state.held, policy)):
         return _shedding(state, now_ns), (Prolong(2 * _SHED_SHOWS_NS), shed)
-    state = replace(state, shed_ns=None, must_terminate=True)
+    state = replace(_shedding(state, None), must_terminate=True)
     return decide(state, memory, now_ns, policy) if state.archived else (state, ())
 
 

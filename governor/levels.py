@@ -16,7 +16,9 @@ INTERVAL_MIN_NS, INTERVAL_MAX_NS = 10_000_000, SECOND_NS
 LEAST_WORST_BYTES = 1_000_000_000
 CONFIRM_SLACK_RATIO = 0.02  # memory.stat may lag by a batch per CPU, and the record counts pages not charged yet
 CHARGE_BYTES = 64 * 4096  # the kernel's batch: less growth than this is none
-_SHARED_BYTES = 8 * CHARGE_BYTES  # of a batch per CPU that was charged and not used, more is growth of somebody else
+_SPAN_BYTES = 16 * CHARGE_BYTES  # growth is put down to memcgs below in such parts
+_OWN_LEAST_BYTES = 3 * CHARGE_BYTES  # what is charged and not used yet may be as much on two CPUs
+_LATE_RATIO = 0.93
 _RATE_WINDOW_NS = 4_000_000
 _TREND_NS = 250_000_000
 _TREND_LEAST_NS = 1_000_000
@@ -49,21 +51,26 @@ def interval_ns(headroom_bytes: int, worst_rate_bytes: int) -> int:
 class Share:
     """Whose growth is it: that of a memcg, or of others below the one above it whose limit both share?
 
-    Over the last 2 to 4 MiB of it. A memcg that sits still is charged a batch of pages on each CPU where it wakes,
+    Over the last 4 to 8 MiB of it. A memcg that sits still is charged a batch of pages on each CPU where it wakes,
     and gives it back when another one is charged there (refill_stock): beside less than that it seems to grow too.
+    Where the one above is so full that nobody's half was enough (of several that grow alike), whoever grows counts.
     """
 
     def __init__(self) -> None:
         self._bases: list[tuple[int, int]] = []  # growth counts from the first, the next time from the second
 
-    def look(self, held_bytes: int, part_bytes: int) -> bool:
-        """Whether the part has grown by half of what all of it has, and by more than it may seem to."""
+    def look(self, held_bytes: int, part_bytes: int, ratio: float) -> bool:
+        """Whether the part has grown by half of what all of it has, and by more than it may seem to.
+
+        `ratio`: how full the one above is.
+        """
         here = (held_bytes, part_bytes)
         self._bases = [(min(base[0], held_bytes), min(base[1], part_bytes)) for base in self._bases] or [here, here]
-        if held_bytes - self._bases[1][0] >= _SHARED_BYTES:
+        if held_bytes - self._bases[1][0] >= _SPAN_BYTES:
             self._bases = [self._bases[1], here]
         grown_bytes, part_grown_bytes = held_bytes - self._bases[0][0], part_bytes - self._bases[0][1]
-        return 2 * part_grown_bytes >= max(grown_bytes, _SHARED_BYTES)
+        is_half = 2 * part_grown_bytes >= grown_bytes or ratio >= _LATE_RATIO
+        return is_half and part_grown_bytes >= _OWN_LEAST_BYTES
 
 
 class Track:

@@ -74,7 +74,8 @@ class Limits:
         for memcg in self.above:
             if memcg.limit_bytes() != UNLIMITED and (found := memcg.memory_state()):
                 share = self._shares.setdefault(memcg.cgroup_id, Share())
-                ours = share.look(found.unreclaimable_bytes, state.unreclaimable_bytes)
+                held_bytes, part_bytes = found.unreclaimable_bytes, state.unreclaimable_bytes
+                ours = share.look(held_bytes, part_bytes, found.unreclaimable_ratio)
                 seen.append(Seen(memcg, found, 0, ours))
         self.of_machine = not seen
         if not seen:
@@ -91,8 +92,8 @@ class Limits:
     def own_part(self, state: MemoryState) -> MemoryState:
         """What memory_state() just gave, as far as the governed memcg answers for it: siblings' growth is not its.
 
-        All of it where it grows, and by half of what that does; or where it holds half of that, and nobody grows or
-        little is left.
+        All of it where it has grown by half of what that has since the last call; or where it holds half of that, and
+        nobody grows or little is left.
         """
         own, held_bytes = self._own_state, self.own_held_bytes
         before, self._before = self._before, (self.tightest, held_bytes, state.unreclaimable_bytes)
@@ -103,7 +104,9 @@ class Limits:
             grown, held = held_bytes - before[1], state.unreclaimable_bytes - before[2]
         # Who holds most is whom the kernel kills: who only sits still answers once whoever grows was not stopped.
         is_late = held <= 0 or state.unreclaimable_ratio >= _LATE_RATIO
-        if (is_late and 2 * held_bytes >= state.unreclaimable_bytes) or (grown > 0 and self.is_ours):
+        if (is_late and 2 * held_bytes >= state.unreclaimable_bytes) or (
+            self.is_ours and grown > 0 and 2 * grown >= held
+        ):
             return state
         limits = (own.max_bytes, self.chosen_bytes, state.max_bytes)
         return own._replace(max_bytes=min(limit for limit in limits if limit > 0))

@@ -63,7 +63,7 @@ def of(episode: Episode) -> Findings:
     """All of it."""
     steps = episode.steps
     growths = tuple(
-        (step.at_ns, step.event.growth)
+        (step.at_ns, step.event.since_first or step.event.growth)
         for step in steps
         if isinstance(step.event, model.Braked) and step.event.growth
     )

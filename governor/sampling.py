@@ -118,8 +118,10 @@ class Sampling:
 
     def left_of(self, shed: Collection[tuple[int, int]]) -> model.Growth:
         """How the others have grown in this run of brakes, now that these processes are being killed."""
+        now_ns = time.monotonic_ns()
+        self.attribution.look(now_ns)
         self.attribution.shed(shed)
-        return self.attribution.since_first(time.monotonic_ns())
+        return self.attribution.since_first(now_ns)
 
     def what_killed(self, now_ns: int) -> str:
         """By which kind of OOM kill a process that ended now can have ended; "" for none."""

@@ -258,10 +258,19 @@ def test_of_many_tools_the_next_is_shed_where_one_was_not_enough():
     assert run.names()[4:] == ["Terminate"]  # what is left of the tools grew too little
 
 
-def test_of_many_tools_the_next_is_shed_where_one_was_not_there_any_more():
-    run = Run().then(braked(0.95, 2000, growth=tool(100)), Shedded(0, tool(60, pid=78)), Archived(True))
+def test_of_many_tools_the_next_is_shed_where_one_was_not_there_any_more_and_memory_neither():
+    gone = (braked(0.95, 2000, growth=tool(100)), Shedded(0, tool(60, pid=78)), Archived(True))
+    run = Run().then(*gone).at(0.95, 0.05)
     assert run.names() == ["Archive", "Shed", "Prolong", "Shed"]
     assert run.then(Shedded(1)).at(0.8).names()[-1] == "Thaw"
+    assert Run().then(*gone).at(0.8, 0.05).names() == ["Archive", "Shed", "Thaw"]
+
+
+def test_one_after_the_other_is_shed_for_no_more_than_a_loan():
+    run = Run().then(braked(0.98, 2000, growth=tool(100)), Archived(True))
+    for number in range(20):
+        run.then(Shedded(1, tool(100, pid=78 + number))).at(0.97, 1)
+    assert run.names().count("Shed") == 3 and "Terminate" in run.names()
 
 
 def test_until_it_is_known_who_is_left_nobody_else_is_shed():
@@ -304,8 +313,9 @@ def test_a_shed_that_does_not_help_ends_the_agent(archived_first):
 
 
 def test_a_shed_that_finds_nobody_ends_the_agent():
-    assert Run().then(braked(0.95, growth=tool()), Shedded(0), Archived(True)).names()[-1] == "Terminate"
-    assert Run().then(braked(0.95, growth=tool()), Archived(True), Shedded(0)).names()[-1] == "Terminate"
+    for events in itertools.permutations((Shedded(0), Archived(True))):
+        run = Run().then(braked(0.95, growth=tool()), *events).at(0.95, 0.05)
+        assert run.names() == ["Archive", "Shed", "Terminate"]
 
 
 def test_what_has_fallen_by_the_time_it_is_archived_is_not_terminated():
@@ -953,9 +963,9 @@ def reachable_states():
                         clear=model.TierState(engaged_ns=long_ago, warned_ns=long_ago if flags & 1 else None),
                         terminate_engaged_ns=long_ago,
                         held=held if phase is not Phase.WATCHING else None,
-                        held_ns=long_ago,
+                        held_ns=now_ns - 2 * SECOND if flags & 4 else long_ago,
                         archived=bool(flags & 2),
-                        shed_ns=long_ago if flags & 4 else None,
+                        shed_ns=now_ns - 2 * SECOND if flags & 4 else None,
                         must_terminate=bool(flags & 5),
                         probation_ns=long_ago,
                         terminated_ns=long_ago,

@@ -76,19 +76,19 @@ def test_growth_of_others_is_not_reported_until_there_is_some_of_ours():
     [
         pytest.param([500, 910, 920], [300, 300, 301], [False] * 3, id="of others"),
         pytest.param([500, 910, 920], [300, 710, 720], [False, True, True], id="ours"),
-        pytest.param(
-            [900, 900.5, 901, 901.5, 902, 902.5], [300 + i / 2 for i in range(6)], 2 * [False] + 4 * [True], id="slow"
-        ),
+        pytest.param([900, 900.5, 901, 901.5], [300, 300.5, 301, 301.5], [False, False, True, True], id="slow"),
         pytest.param([900, 899, 899.5, 899], [300, 299.5, 300, 299.5], [False] * 4, id="batches of who sits still"),
-        pytest.param([900, 903, 902.5, 903.1], [300, 300, 299.5, 300], [False] * 4, id="which others throttled"),
-        pytest.param([900, 903, 903.1, 906.1], [300, 303, 303, 303], [False, True, True, False], id="others go on"),
+        pytest.param([900, 906, 905.5, 906.1], [300, 300, 299.5, 300], [False] * 4, id="which others throttled"),
+        pytest.param([900, 906, 906.1, 913], [300, 306, 306, 306], [False, True, True, False], id="others go on"),
         pytest.param([900, 880, 884], [300, 280, 284], [False, False, True], id="it gave back before"),
+        pytest.param([900, 906, 912, 932], [300, 301, 302, 303], [False, False, False, True], id="one of many, late"),
+        pytest.param([900, 932, 940], [300, 300.5, 300], [False] * 3, id="sits still, late"),
     ],
 )
 def test_whose_growth_it_is(held_mib, part_mib, ours):
     share = Share()
     looks = zip(held_mib, part_mib, strict=True)
-    assert [share.look(int(held * MIB), int(part * MIB)) for held, part in looks] == ours
+    assert [share.look(int(held * MIB), int(part * MIB), held / 1000) for held, part in looks] == ours
 
 
 def test_forgotten_levels_are_reported_again_at_the_next_growth():
