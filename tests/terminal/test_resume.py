@@ -135,9 +135,8 @@ def test_an_agent_that_the_kernel_killed_is_archived_after_the_fact_and_goes_on(
     session = session_of(agent.output)
     agent.type(b"fill 200\r")
     agent.await_output(session + b" goes on", 60)
-    assert re.search(
-        rb"\ngovernor: [^\n]* was killed: the kernel's OOM killer, at the limit of its memcg", agent.output
-    )
+    # As a line; as a notification, and maybe later, where that was heard of before the agent's end was.
+    agent.await_output(b" was killed: the kernel's OOM killer, at the limit of its memcg")
     wait_for(lambda: "after the fact" in log_of(tmp_path) or "archived 1" in log_of(tmp_path))
     assert turns(tmp_path) == ["began", "resumed"]  # a tool may have been at fault
     wait_for(lambda: log_of(tmp_path).count("protecting") == 2)
