@@ -114,6 +114,8 @@ def test_both_killed_while_braked_and_one_comes_back(container, guard, tmp_path)
     agent.go()
     governor.await_line("braked")
     pids = (governor.reflex_pid(), governor.process.pid)
+    os.kill(governor.process.pid, signal.SIGSTOP)  # which would thaw it between the one kill and the other
+    os.waitid(os.P_PID, governor.process.pid, os.WSTOPPED)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     governor.process.wait()
